@@ -1,0 +1,44 @@
+"""What holds for every test: no model hub, no network, few threads, reproducible examples."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+# Before anything imports transformers or torch: both read the environment once, at import.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Workers of pytest-xdist share the cores; torch in each of them would otherwise claim all.
+_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _workers)))
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# Derandomised: the suite gives the same verdict on every machine and every run. Deadlines would
+# make tests depend on the machine's speed.
+settings.register_profile(
+    "foveate",
+    deadline=None,
+    derandomize=True,
+    max_examples=50,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("foveate")
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refuse connections to other machines, so that no test can come to need one."""
+    connect = socket.socket.connect
+
+    def guarded(self: socket.socket, address: object) -> None:
+        is_local = self.family == getattr(socket, "AF_UNIX", None) or (
+            isinstance(address, tuple) and address[0] in {"127.0.0.1", "::1", "localhost"}
+        )
+        if not is_local:
+            raise RuntimeError(f"a test tried to connect to {address!r}; tests use no network")
+        connect(self, address)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(socket.socket, "connect", guarded)
