@@ -1,0 +1,56 @@
+"""The algebra: tokens, reductions, budgets, methods, recipes and reports."""
+
+from foveate.core.budget import Budget
+from foveate.core.card import STAGES, Card, Kind, Stage
+from foveate.core.context import (
+    SIGNALS,
+    AttentionView,
+    CacheContext,
+    Context,
+    DecoderContext,
+    EncoderContext,
+    ProjectorContext,
+)
+from foveate.core.grid import Grid, Modality, Plane, TokenKind
+from foveate.core.method import Count, Method, relative_layer
+from foveate.core.newlines import NewlinePolicy, with_newlines
+from foveate.core.recipe import Recipe, Step
+from foveate.core.reduction import Reduction
+from foveate.core.registry import METHODS, get_method, list_methods, register_method
+from foveate.core.report import ItemReport, Report, StageReport
+from foveate.core.tokens import Tokens
+
+__all__ = [
+    "METHODS",
+    "SIGNALS",
+    "STAGES",
+    "AttentionView",
+    "Budget",
+    "CacheContext",
+    "Card",
+    "Context",
+    "Count",
+    "DecoderContext",
+    "EncoderContext",
+    "Grid",
+    "ItemReport",
+    "Kind",
+    "Method",
+    "Modality",
+    "NewlinePolicy",
+    "Plane",
+    "ProjectorContext",
+    "Recipe",
+    "Reduction",
+    "Report",
+    "Stage",
+    "StageReport",
+    "Step",
+    "TokenKind",
+    "Tokens",
+    "get_method",
+    "list_methods",
+    "register_method",
+    "relative_layer",
+    "with_newlines",
+]

@@ -1,0 +1,114 @@
+"""How much may stay: a fraction of the tokens or an absolute count."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Rounding = Literal["half_even", "floor", "ceil"]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Either `retain`, the fraction of tokens kept in (0, 1], or `tokens`, an absolute count.
+
+    Both may be a sequence with one value per sample of the batch. Giving neither means keep all.
+
+    Raises:
+        ValueError: both are given, or a value is out of range.
+
+    Example:
+        >>> Budget(retain=0.15).count(196), Budget(tokens=64).count(196), Budget().is_full
+        (29, 64, True)
+        >>> Budget(retain=[0.5, 0.1]).sample(1)
+        Budget(retain=0.1, tokens=None)
+    """
+
+    retain: float | tuple[float, ...] | None = None
+    tokens: int | tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.retain is not None and self.tokens is not None:
+            raise ValueError(
+                f"Give retain or tokens, not both (got retain={self.retain}, tokens={self.tokens})."
+            )
+        for name in ("retain", "tokens"):
+            value = getattr(self, name)
+            if isinstance(value, Sequence) and not isinstance(value, str):
+                object.__setattr__(self, name, tuple(value))
+        for value in _values(self.retain):
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise ValueError(f"retain must be a number in (0, 1], got {value!r}.")
+            if not 0 < value <= 1:
+                raise ValueError(
+                    f"retain is the fraction of tokens kept and must lie in (0, 1], got {value}."
+                )
+        for value in _values(self.tokens):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"tokens must be a whole number >= 1, got {value!r}.")
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every token is kept whatever the input (retain = 1, or no budget at all)."""
+        if self.tokens is not None:
+            return False
+        return all(value == 1 for value in _values(self.retain))
+
+    @property
+    def num_samples(self) -> int | None:
+        """How many samples a per-sample budget names; None for one budget for all."""
+        for value in (self.retain, self.tokens):
+            if isinstance(value, tuple):
+                return len(value)
+        return None
+
+    def sample(self, index: int, repeats: int = 1) -> Budget:
+        """The budget of sample `index`; `repeats` = rows per sample, as beam search expands them.
+
+        Raises:
+            ValueError: the batch holds more samples than the budget names.
+        """
+        if self.num_samples is None:
+            return self
+        index = index // repeats
+        if index >= self.num_samples:
+            raise ValueError(
+                f"The budget names {self.num_samples} samples, but sample {index} was asked for: "
+                "give one value per sample of the batch, or a single value."
+            )
+        if isinstance(self.retain, tuple):
+            return Budget(retain=self.retain[index])
+        assert isinstance(self.tokens, tuple)
+        return Budget(tokens=self.tokens[index])
+
+    def fraction(self, num_tokens: int) -> float:
+        """The fraction of `num_tokens` that stays, in (0, 1]."""
+        retain, tokens = self._scalars()
+        if tokens is not None:
+            return min(1.0, tokens / max(num_tokens, 1))
+        return 1.0 if retain is None else float(retain)
+
+    def count(self, num_tokens: int, rounding: Rounding = "half_even") -> int:
+        """How many of `num_tokens` tokens stay (rounding is part of a method)."""
+        retain, tokens = self._scalars()
+        if tokens is not None:
+            return min(tokens, num_tokens)
+        exact = num_tokens * (1.0 if retain is None else retain)
+        if rounding == "half_even":
+            return round(exact)
+        return math.floor(exact) if rounding == "floor" else math.ceil(exact)
+
+    def _scalars(self) -> tuple[float | None, int | None]:
+        if self.num_samples is not None:
+            raise ValueError("This budget is per sample: call budget.sample(index) first.")
+        retain, tokens = self.retain, self.tokens
+        assert not isinstance(retain, tuple) and not isinstance(tokens, tuple)
+        return retain, tokens
+
+
+def _values(value: float | tuple | None) -> tuple:
+    if value is None:
+        return ()
+    return value if isinstance(value, tuple) else (value,)

@@ -1,0 +1,160 @@
+"""Where visual tokens sit: planes of rows and columns, with the special tokens that travel between them.
+
+Legend: N tokens of one visual item (one image or one video), in the order in which the language model sees them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cached_property
+from typing import Literal
+
+import torch
+
+Modality = Literal["image", "video"]
+
+
+class TokenKind(IntEnum):
+    """What a visual token stands for; reductions carry it along."""
+
+    PATCH = 0
+    NEWLINE = 1
+    CLS = 2
+    STATIC = 3
+    CONTEXT = 4
+
+
+@dataclass(frozen=True)
+class Plane:
+    """One rectangle of tokens: a video frame, an image, or one tile mosaic.
+
+    Args:
+        height: rows of tokens.
+        width: columns of tokens.
+        row_newline: a newline token closes every row.
+        prefix: special tokens ([CLS]) before the first row.
+    """
+
+    height: int
+    width: int
+    row_newline: bool = False
+    prefix: int = 0
+
+    def __post_init__(self) -> None:
+        if self.height < 1 or self.width < 1 or self.prefix < 0:
+            raise ValueError(
+                f"A plane needs height >= 1, width >= 1 and prefix >= 0, got {self.height} x "
+                f"{self.width} with prefix {self.prefix}."
+            )
+
+    @property
+    def num_patches(self) -> int:
+        return self.height * self.width
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_patches + self.prefix + (self.height if self.row_newline else 0)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The token layout of one visual item as the language model sees it.
+
+    A video is one plane per frame (or per temporal patch); an image one plane; an any-resolution
+    image a thumbnail plane and a mosaic plane; clips of different resolution planes of different
+    size. `newlines_at_end` counts the newline tokens after the last plane.
+
+    Args:
+        planes: the planes in token order.
+        modality: "image" or "video".
+        newlines_at_end: newline tokens that close the item.
+
+    Example:
+        >>> grid = Grid.video(frames=4, height=14, width=14, newlines_at_end=1)
+        >>> grid.num_tokens, grid.num_patches, grid.shape
+        (785, 784, (4, 14, 14))
+    """
+
+    planes: tuple[Plane, ...]
+    modality: Modality = "image"
+    newlines_at_end: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.planes:
+            raise ValueError("A grid needs at least one plane, got none.")
+        if self.modality not in ("image", "video"):
+            raise ValueError(f'modality must be "image" or "video", got {self.modality!r}.')
+        if self.newlines_at_end < 0:
+            raise ValueError(f"newlines_at_end must be >= 0, got {self.newlines_at_end}.")
+
+    @classmethod
+    def image(cls, height: int, width: int, **extra: int) -> Grid:
+        """One image of `height` x `width` tokens."""
+        return cls((Plane(height, width),), "image", **extra)
+
+    @classmethod
+    def video(cls, frames: int, height: int, width: int, **extra: int) -> Grid:
+        """A video of `frames` planes of `height` x `width` tokens."""
+        return cls((Plane(height, width),) * frames, "video", **extra)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the item, newline and [CLS] tokens included."""
+        return sum(plane.num_tokens for plane in self.planes) + self.newlines_at_end
+
+    @property
+    def num_patches(self) -> int:
+        """Tokens that stand for pixels."""
+        return sum(plane.num_patches for plane in self.planes)
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all planes are equal, so that patches reshape to [frames, height, width]."""
+        return len(set(self.planes)) == 1
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(frames, height, width) of a uniform grid.
+
+        Raises:
+            ValueError: the planes differ in size.
+        """
+        if not self.is_uniform:
+            sizes = sorted({(plane.height, plane.width) for plane in self.planes})
+            raise ValueError(f"This grid has planes of different sizes {sizes}; read `planes`.")
+        return len(self.planes), self.planes[0].height, self.planes[0].width
+
+    @cached_property
+    def _table(self) -> tuple[torch.Tensor, torch.Tensor]:
+        rows: list[torch.Tensor] = []
+        kinds: list[torch.Tensor] = []
+        for index, plane in enumerate(self.planes):
+            width = plane.width + int(plane.row_newline)
+            y, x = torch.meshgrid(torch.arange(plane.height), torch.arange(width), indexing="ij")
+            time = torch.full_like(y, index)
+            kind = torch.where(x < plane.width, TokenKind.PATCH.value, TokenKind.NEWLINE.value)
+            if plane.prefix:
+                prefix = torch.tensor([[index, 0, 0]]).expand(plane.prefix, 3)
+                rows.append(prefix)
+                kinds.append(torch.full((plane.prefix,), TokenKind.CLS.value))
+            rows.append(torch.stack([time, y, x], dim=-1).reshape(-1, 3))
+            kinds.append(kind.reshape(-1))
+        if self.newlines_at_end:
+            last = self.planes[-1]
+            end = torch.tensor([[len(self.planes) - 1, last.height - 1, last.width]])
+            rows.append(end.expand(self.newlines_at_end, 3))
+            kinds.append(torch.full((self.newlines_at_end,), TokenKind.NEWLINE.value))
+        return torch.cat(rows).long(), torch.cat(kinds).long()
+
+    def positions(self, device: torch.device | str = "cpu") -> torch.Tensor:
+        """(time, row, column) of every token, int64 [N, 3]; a newline sits one column past its row."""
+        return self._table[0].to(device)
+
+    def kinds(self, device: torch.device | str = "cpu") -> torch.Tensor:
+        """The `TokenKind` of every token, int64 [N]."""
+        return self._table[1].to(device)
+
+    def patch_index(self, device: torch.device | str = "cpu") -> torch.Tensor:
+        """Indices of the tokens that stand for pixels, int64 [num_patches], ascending."""
+        return (self._table[1] == TokenKind.PATCH).nonzero()[:, 0].to(device)

@@ -1,0 +1,169 @@
+"""The base class of all methods.
+
+Legend: N visual tokens in, M out, D channels, G key heads, d head channels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+
+from foveate.core.budget import Budget
+from foveate.core.card import STAGES, Card, Stage
+from foveate.core.context import CacheContext, DecoderContext, EncoderContext, ProjectorContext
+from foveate.core.grid import Grid
+from foveate.core.reduction import Reduction
+from foveate.core.tokens import Tokens
+
+if TYPE_CHECKING:
+    from typing import Self
+
+
+@dataclass(frozen=True)
+class Count:
+    """How many tokens a method leaves: `tokens` exactly, or at most when `exact` is False."""
+
+    tokens: int
+    exact: bool = True
+
+
+@dataclass(frozen=True)
+class Method:
+    """One published system: a frozen dataclass whose fields are its hyper-parameters.
+
+    Override the stages it acts at and nothing else. Each stage returns a `Reduction` or None for
+    "leave the tokens alone"; the attachment applies it to features, positions, masks and caches.
+
+    Class attributes:
+        card: identity and published settings.
+        needs: projector-stage signals; a tuple inside means "the first of these that the model
+            has". Only what is declared is computed.
+        encoder_point: where the encoder stage acts in a block: "after_attention" (between
+            attention and MLP), "block_start" or "block_end".
+
+    Example:
+        >>> from foveate.core import Card, Method, Reduction
+        >>> @dataclass(frozen=True)
+        ... class FirstHalf(Method):
+        ...     card = Card("first_half", "FirstHalf", "An example", ("projector",), "baseline",
+        ...                 "Keeps the first tokens.")
+        ...     def projector(self, tokens, context):
+        ...         keep = context.budget.count(tokens.num_tokens)
+        ...         return Reduction.select(torch.arange(keep), tokens.num_tokens)
+        >>> FirstHalf.stages(), FirstHalf().count(Grid.image(4, 4), Budget(retain=0.5)).tokens
+        (('projector',), 8)
+    """
+
+    card: ClassVar[Card]
+    needs: ClassVar[tuple[str | tuple[str, ...], ...]] = ()
+    encoder_point: ClassVar[Literal["after_attention", "block_start", "block_end"]] = (
+        "after_attention"
+    )
+
+    @property
+    def name(self) -> str:
+        """Registry name."""
+        return self.card.name
+
+    @classmethod
+    def stages(cls) -> tuple[Stage, ...]:
+        """The stages this class overrides, in the order of data flow."""
+        return tuple(
+            stage
+            for stage in STAGES
+            if getattr(cls, stage, None) is not getattr(Method, stage, None)
+        )
+
+    def arguments(self) -> dict[str, Any]:
+        """Fields that differ from their defaults, ready for JSON."""
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if value != defaults[name]}
+
+    def with_arguments(self, **arguments: Any) -> Self:
+        """A copy with other hyper-parameters.
+
+        Raises:
+            ValueError: the method has no such argument.
+        """
+        known = {f.name for f in dataclasses.fields(self)}
+        unknown = sorted(set(arguments) - known)
+        if unknown:
+            raise ValueError(
+                f"{self.name} has no argument {', '.join(unknown)}; "
+                f"it has: {', '.join(sorted(known)) or 'none'}."
+            )
+        return dataclasses.replace(self, **arguments)
+
+    # -- counting ahead -------------------------------------------------------------------------
+
+    def count(self, grid: Grid, budget: Budget) -> Count:
+        """How many tokens of an item reach the language model, before anything runs.
+
+        Serving engines size placeholders with it. The default is what `budget` says; adaptive
+        methods return a bound with `exact=False`.
+        """
+        if "projector" not in self.stages():
+            return Count(grid.num_tokens)
+        return Count(budget.count(grid.num_tokens))
+
+    # -- stages ---------------------------------------------------------------------------------
+
+    def encoder(self, tokens: Tokens, context: EncoderContext) -> Reduction | None:
+        """Reduce the sequence of one vision block; tokens [B, prefix + N, D], all images at once."""
+        raise NotImplementedError
+
+    def projector(self, tokens: Tokens, context: ProjectorContext) -> Reduction | None:
+        """Reduce one image or video between encoder and language model; tokens [1, N, D]."""
+        raise NotImplementedError
+
+    def decoder(self, tokens: Tokens, context: DecoderContext) -> Reduction | None:
+        """Reduce one sample's visual tokens before a decoder layer; hidden states [1, N, D].
+
+        N includes newline tokens. Survivors keep their order, and by default their positions.
+        """
+        raise NotImplementedError
+
+    def cache(
+        self, keys_BGNd: torch.Tensor, values_BGNd: torch.Tensor, context: CacheContext
+    ) -> Reduction | None:
+        """Choose which of one sample's visual keys and values [1, G, N, d] stay in a layer's cache."""
+        raise NotImplementedError
+
+    # -- declarations ---------------------------------------------------------------------------
+
+    def decoder_layers(self, num_layers: int) -> Sequence[int]:
+        """Layers before which `decoder` is asked, ascending."""
+        return ()
+
+    def attention_layers(self, num_layers: int) -> Sequence[int]:
+        """Layers whose queries and keys `decoder` reads."""
+        return ()
+
+    def check(self, num_encoder_layers: int | None, num_layers: int | None) -> None:
+        """Raise `ValueError` when the hyper-parameters do not fit a model of this depth."""
+
+
+def relative_layer(layer: int | float, num_layers: int, name: str = "layer") -> int:
+    """A layer index from a whole number or from a depth in (0, 1).
+
+    Published layer numbers hold for one model; a fraction carries them to any depth.
+
+    Raises:
+        ValueError: the layer does not exist.
+
+    Example:
+        >>> relative_layer(18, 28), relative_layer(18 / 28, 4)
+        (18, 3)
+    """
+    index = round(layer * num_layers) if isinstance(layer, float) and 0 < layer < 1 else int(layer)
+    if not 0 <= index < num_layers:
+        raise ValueError(
+            f"{name} = {layer} does not exist in a model with {num_layers} layers; "
+            "give an index below that or a fraction of the depth in (0, 1)."
+        )
+    return index
