@@ -1,0 +1,88 @@
+"""Pure tensor functions that methods are written with: score, select, merge, cluster, segment.
+
+Everything here takes and returns tensors or plain numbers; nothing knows about models. Ties always
+go to the lowest index, sums run in at least float32, and results do not depend on the device.
+"""
+
+from foveate.ops.allocate import (
+    linear_decay_schedule,
+    parse_r,
+    proportional,
+    round_half_even,
+    split_evenly,
+)
+from foveate.ops.cluster import dpc_knn, k_centre, k_medoids, kmeans
+from foveate.ops.merge import (
+    Matching,
+    bipartite_matching,
+    gather_tokens,
+    halving_weights,
+    merge_matched,
+    scatter_mean,
+    scatter_sum,
+    unmerge,
+)
+from foveate.ops.score import (
+    adjacent_similarity,
+    attention_column_sums,
+    attention_rows,
+    cosine_similarity_matrix,
+    masked_softmax,
+    page_rank,
+    page_rank_qk,
+    pairwise_distance,
+    received_attention,
+)
+from foveate.ops.segment import (
+    Segmentation,
+    change_points,
+    optimal_partition,
+    segment_by_gain,
+)
+from foveate.ops.select import (
+    max_min_diversity,
+    random_indices,
+    top_k,
+    top_k_ragged,
+    top_k_ranked,
+    uniform_indices,
+)
+
+__all__ = [
+    "Matching",
+    "Segmentation",
+    "adjacent_similarity",
+    "attention_column_sums",
+    "attention_rows",
+    "bipartite_matching",
+    "change_points",
+    "cosine_similarity_matrix",
+    "dpc_knn",
+    "gather_tokens",
+    "halving_weights",
+    "k_centre",
+    "k_medoids",
+    "kmeans",
+    "linear_decay_schedule",
+    "masked_softmax",
+    "max_min_diversity",
+    "merge_matched",
+    "optimal_partition",
+    "page_rank",
+    "page_rank_qk",
+    "pairwise_distance",
+    "parse_r",
+    "proportional",
+    "random_indices",
+    "received_attention",
+    "round_half_even",
+    "scatter_mean",
+    "scatter_sum",
+    "segment_by_gain",
+    "split_evenly",
+    "top_k",
+    "top_k_ragged",
+    "top_k_ranked",
+    "uniform_indices",
+    "unmerge",
+]

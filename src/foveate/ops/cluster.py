@@ -1,0 +1,291 @@
+"""Clustering of tokens: density peaks (DPC-kNN), k-means, k-medoids and greedy k-centre.
+
+All are deterministic: no noise unless a generator is given, ties go to the lowest index.
+
+Legend of shape suffixes: B batch, N tokens, C channels, m or K clusters.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from foveate.ops._common import batched, full_precision, require_count, require_shape, widen
+from foveate.ops.diversity import Metric, k_centre
+from foveate.ops.group import scatter_mean
+from foveate.ops.similarity import pairwise_distance
+
+__all__ = ["dpc_knn", "k_centre", "k_medoids", "kmeans"]
+
+
+def dpc_knn(
+    x_BND: Tensor,
+    num_clusters: int,
+    *,
+    k: int = 7,
+    mask: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Cluster tokens around density peaks: dense ones far from anything denser become centres.
+
+    With `d_ij = |x_i - x_j| / sqrt(C)`: density `rho_i = exp(-mean of the k smallest d^2)`, the
+    token itself included; `delta_i` is the distance to the nearest denser token (the largest
+    distance of all if there is none); the `num_clusters` largest `rho * delta` are centres, and
+    every other token joins the nearest one. O(N^2 C); no gradient.
+
+    Args:
+        x_BND: [N, C] or [B, N, C].
+        num_clusters: m, 0 <= m <= (valid) tokens.
+        k: neighbours of the density, itself included; clamped to `num_clusters`.
+        mask: [N] or [B, N] bool, True for tokens that take part.
+        generator: adds uniform noise in [0, 1e-6) to the densities, as the published code does.
+
+    Returns:
+        Centres [B, m], ascending positions, and the assignment [B, N], an index into the centres
+        (-1 for masked tokens, and for all when m = 0); both without B for [N, C] input.
+
+    Raises:
+        ValueError: shapes do not fit or `num_clusters` is out of range.
+
+    Example:
+        >>> x = torch.tensor([[0.0], [0.1], [0.2], [5.0], [5.1]])
+        >>> centres, assignment = dpc_knn(x, 2)
+        >>> centres.tolist(), assignment.tolist()
+        ([1, 4], [0, 0, 0, 1, 1])
+
+    Source: Du et al. 2016 (DPC-kNN); HoliTom's spatial merge (arXiv 2505.21334).
+    """
+    x, added = batched(x_BND, "x")
+    B, N, C = x.shape
+    mask_BN = _batched_mask(mask, x, added)
+    require_count(num_clusters, 0, _fewest(mask_BN, N), "num_clusters", "(valid) tokens")
+    if k < 1:
+        raise ValueError(f"k must be at least 1 neighbour, got {k}")
+    if num_clusters == 0:
+        centres_Bm, assignment_BN = x.new_zeros(2, B, 0).long()[0], x.new_full((B, N), -1).long()
+        return _unbatch(centres_Bm, assignment_BN, added)
+    with torch.no_grad(), full_precision(x.device):
+        distance_BNN = _symmetric_distance(x) / C**0.5
+        score_BN = _peak_score(distance_BNN, min(k, num_clusters), mask_BN, generator)
+        ranked_BN = torch.sort(score_BN, dim=-1, descending=True, stable=True).indices
+        centres_Bm = ranked_BN[:, :num_clusters].sort(-1).values
+        assignment_BN = _nearest_centre(distance_BNN, centres_Bm)
+        if mask_BN is not None:
+            assignment_BN = assignment_BN.masked_fill(~mask_BN, -1)
+        return _unbatch(centres_Bm, assignment_BN, added)
+
+
+def kmeans(
+    x_BND: Tensor,
+    k: int,
+    *,
+    init: Tensor | None = None,
+    iterations: int = 50,
+    seed: int = 0,
+    metric: Metric = "euclidean",
+    tolerance: float = 1e-4,
+) -> tuple[Tensor, Tensor]:
+    """Cluster tokens by Lloyd's k-means.
+
+    Empty clusters keep their centroid. A sample stops on its own when its centroids move by less
+    than `tolerance` (Frobenius norm), so batching changes nothing. O(iterations N K C); one value
+    is read back per iteration; no gradient (average again with `scatter_mean` for one).
+
+    Args:
+        x_BND: [N, C] or [B, N, C].
+        k: clusters, 1 <= k <= N.
+        init: rows to start from, [k] or [B, k]; None draws them by k-means++.
+        iterations: most rounds of assigning and averaging.
+        seed: of the k-means++ draw, made on the CPU, so equal on every device.
+        metric: of the assignment; "cosine" compares directions, centroids stay plain means.
+        tolerance: movement below which a sample is finished.
+
+    Returns:
+        Centroids [B, k, C] (at least float32) and the nearest one of every token, [B, N] int64,
+        ties to the lowest; both without B for [N, C] input.
+
+    Raises:
+        ValueError: shapes do not fit, `k` or `init` out of range.
+
+    Example:
+        >>> x = torch.tensor([[0.0], [1.0], [8.0], [9.0]])
+        >>> centroids, assignment = kmeans(x, 2, init=torch.tensor([0, 3]))
+        >>> centroids.flatten().tolist(), assignment.tolist()
+        ([0.5, 8.5], [0, 0, 1, 1])
+
+    Source: Lloyd 1982; Arthur and Vassilvitskii 2007 for the start.
+    """
+    x, added = batched(x_BND, "x")
+    B, N, C = x.shape
+    require_count(k, 1, N, "k", "tokens")
+    with torch.no_grad(), full_precision(x.device):
+        x = widen(x)
+        rows_BK = _plus_plus(x, k, seed) if init is None else _initial_rows(init, B, k, N, x.device)
+        centroids_BKC = x.gather(1, rows_BK[..., None].expand(B, k, C))
+        live_B = torch.ones(B, dtype=torch.bool, device=x.device)
+        for _ in range(iterations):
+            assignment_BN = pairwise_distance(x, centroids_BKC, metric).argmin(-1)
+            mean_BKC = scatter_mean(x, assignment_BN, k)
+            empty_BK = _counts(assignment_BN, k) == 0
+            mean_BKC = torch.where(empty_BK[..., None], centroids_BKC, mean_BKC)
+            shift_B = torch.linalg.vector_norm(mean_BKC - centroids_BKC, dim=(1, 2))
+            live_B = live_B & (shift_B >= tolerance)
+            centroids_BKC = torch.where(live_B[:, None, None], mean_BKC, centroids_BKC)
+            if not bool(live_B.any()):
+                break
+        assignment_BN = pairwise_distance(x, centroids_BKC, metric).argmin(-1)
+        return _unbatch(centroids_BKC, assignment_BN, added)
+
+
+def k_medoids(
+    x_BND: Tensor,
+    k: int,
+    *,
+    init: Tensor | None = None,
+    iterations: int = 100,
+    metric: Metric = "euclidean",
+) -> tuple[Tensor, Tensor]:
+    """Cluster tokens around `k` of themselves (medoids).
+
+    Alternates nearest medoid and, per cluster, the member with the smallest summed distance to the
+    members, until nothing moves. A medoid always belongs to its own cluster, so none is empty.
+    O(N^2 C + iterations N^2 K); one value is read back per iteration; no gradient.
+
+    Args:
+        x_BND: [N, C] or [B, N, C].
+        k: clusters, 1 <= k <= N.
+        init: rows to start from, [k] or [B, k]; None starts from the row of largest norm and adds
+            the farthest one each time (KKZ).
+        iterations: most rounds.
+        metric: "euclidean" or "cosine".
+
+    Returns:
+        Medoids [B, k], ascending positions, and the assignment [B, N], an index into the medoids,
+        ties to the lowest; both without B for [N, C] input.
+
+    Raises:
+        ValueError: shapes do not fit, `k` or `init` out of range.
+
+    Example:
+        >>> x = torch.tensor([[0.0], [1.0], [2.0], [9.0]])
+        >>> medoids, assignment = k_medoids(x, 2)
+        >>> medoids.tolist(), assignment.tolist()
+        ([1, 3], [0, 0, 0, 1])
+
+    Source: CenterCLIP, multi-segment token clustering (arXiv 2205.00823).
+    """
+    x, added = batched(x_BND, "x")
+    B, N, _ = x.shape
+    require_count(k, 1, N, "k", "tokens")
+    with torch.no_grad(), full_precision(x.device):
+        if init is None:
+            medoids_BK = k_centre(x, k, first="norm", metric=metric)
+        else:
+            medoids_BK = _initial_rows(init, B, k, N, x.device)
+        distance_BNN = _symmetric_distance(x, metric)
+        cluster_1K1 = torch.arange(k, device=x.device)[None, :, None]
+        for _ in range(iterations):
+            assignment_BN = _nearest_centre(distance_BNN, medoids_BK)
+            member_BKN = assignment_BN[:, None] == cluster_1K1
+            cost_BKN = member_BKN.to(distance_BNN.dtype) @ distance_BNN
+            moved_BK = cost_BKN.masked_fill_(~member_BKN, torch.inf).argmin(-1)
+            if torch.equal(moved_BK, medoids_BK):
+                break
+            medoids_BK = moved_BK
+        medoids_BK = medoids_BK.sort(-1).values
+        return _unbatch(medoids_BK, _nearest_centre(distance_BNN, medoids_BK), added)
+
+
+def _peak_score(
+    distance_BNN: Tensor, k: int, mask_BN: Tensor | None, generator: torch.Generator | None
+) -> Tensor:
+    """rho * delta of every token; -inf where masked."""
+    square_BNN = distance_BNN.square()
+    if mask_BN is not None:
+        square_BNN = square_BNN.masked_fill(~mask_BN[:, None], torch.inf)
+    density_BN = (-square_BNN.topk(k, dim=-1, largest=False).values.mean(-1)).exp()
+    if generator is not None:
+        noise = torch.rand(density_BN.shape, generator=generator, device=generator.device)
+        density_BN = density_BN + noise.to(density_BN) * 1e-6
+    spread_BNN = distance_BNN
+    if mask_BN is not None:
+        density_BN = density_BN.masked_fill(~mask_BN, -torch.inf)
+        pair_BNN = mask_BN[:, None] & mask_BN[:, :, None]
+        spread_BNN = distance_BNN.masked_fill(~pair_BNN, 0.0)
+    farthest_B1 = spread_BNN.flatten(1).amax(-1, keepdim=True)
+    denser_BNN = density_BN[:, None, :] > density_BN[:, :, None]
+    delta_BN = distance_BNN.masked_fill(~denser_BNN, torch.inf).amin(-1)
+    score_BN = torch.minimum(delta_BN, farthest_B1) * density_BN
+    return score_BN if mask_BN is None else score_BN.masked_fill(~mask_BN, -torch.inf)
+
+
+def _nearest_centre(distance_BNN: Tensor, centres_BK: Tensor) -> Tensor:
+    """Index of the nearest centre; a centre is its own, even among exact duplicates."""
+    B, N, _ = distance_BNN.shape
+    K = centres_BK.shape[1]
+    to_centre_BKN = distance_BNN.gather(1, centres_BK[..., None].expand(B, K, N))
+    # A distance is never negative, so -1 settles every tie with another centre.
+    return to_centre_BKN.scatter_(2, centres_BK[..., None], -1.0).argmin(1)
+
+
+def _symmetric_distance(x_BNC: Tensor, metric: Metric = "euclidean") -> Tensor:
+    """Distances of all pairs, exactly symmetric and 0 on the diagonal.
+
+    A matrix product may round (i, j) and (j, i) differently, which would decide ties at random.
+    """
+    distance_BNN = pairwise_distance(x_BNC, x_BNC, metric)
+    distance_BNN = torch.maximum(distance_BNN, distance_BNN.transpose(-1, -2)).clamp_min_(0)
+    distance_BNN.diagonal(dim1=-2, dim2=-1).zero_()
+    return distance_BNN
+
+
+def _plus_plus(x_BNC: Tensor, k: int, seed: int) -> Tensor:
+    """Draw initial rows by k-means++: probability proportional to the squared distance."""
+    B, N, _ = x_BNC.shape
+    batch = torch.arange(B, device=x_BNC.device)
+    generator = torch.Generator().manual_seed(seed)
+    draw_BK = torch.rand(B, k, generator=generator, dtype=torch.float64).to(x_BNC.device)
+    rows_BK = torch.empty(B, k, dtype=torch.long, device=x_BNC.device)
+    weight_BN = torch.ones(B, N, dtype=torch.float64, device=x_BNC.device)
+    for step in range(k):
+        total_BN = weight_BN.cumsum(-1)
+        aim_B1 = (draw_BK[:, step] * total_BN[:, -1])[:, None]
+        row_B = torch.searchsorted(total_BN, aim_B1, right=True).clamp_max(N - 1).squeeze(1)
+        rows_BK[:, step] = row_B
+        square_BN = (x_BNC - x_BNC[batch, row_B][:, None]).square().sum(-1).double()
+        # A small floor, as in the published code, lets duplicates be drawn when nothing else is
+        # left; rows that were drawn are never drawn again.
+        square_BN = square_BN + 1e-6
+        weight_BN = square_BN if step == 0 else torch.minimum(weight_BN, square_BN)
+        weight_BN = weight_BN.scatter(1, rows_BK[:, : step + 1], 0.0)
+    return rows_BK
+
+
+def _initial_rows(init: Tensor, B: int, k: int, N: int, device: torch.device) -> Tensor:
+    if tuple(init.shape) not in ((k,), (B, k)):
+        raise ValueError(f"init must be [{k}] or [{B}, {k}] rows, got {tuple(init.shape)}")
+    rows_BK = init.to(device=device, dtype=torch.long).expand(B, k)
+    if rows_BK.numel() and (int(rows_BK.min()) < 0 or int(rows_BK.max()) >= N):
+        raise ValueError(f"init rows must be in 0 .. {N - 1}")
+    return rows_BK
+
+
+def _counts(assignment_BN: Tensor, k: int) -> Tensor:
+    counts_BK = assignment_BN.new_zeros(assignment_BN.shape[0], k)
+    return counts_BK.scatter_add_(1, assignment_BN, torch.ones_like(assignment_BN))
+
+
+def _batched_mask(mask: Tensor | None, x: Tensor, added: bool) -> Tensor | None:
+    if mask is None:
+        return None
+    B, N, _ = x.shape
+    require_shape(mask, (N,) if added else (B, N), "mask")
+    return mask.reshape(B, N)
+
+
+def _fewest(mask_BN: Tensor | None, N: int) -> int:
+    return N if mask_BN is None or not mask_BN.numel() else int(mask_BN.sum(-1).min())
+
+
+def _unbatch(first: Tensor, second: Tensor, added: bool) -> tuple[Tensor, Tensor]:
+    return (first.squeeze(0), second.squeeze(0)) if added else (first, second)

@@ -1,0 +1,26 @@
+"""Token scores: attention received, page rank and similarity, gathered from their modules."""
+
+from foveate.ops.attention import (
+    attention_column_sums,
+    attention_rows,
+    masked_softmax,
+    received_attention,
+)
+from foveate.ops.rank import page_rank, page_rank_qk
+from foveate.ops.similarity import (
+    adjacent_similarity,
+    cosine_similarity_matrix,
+    pairwise_distance,
+)
+
+__all__ = [
+    "adjacent_similarity",
+    "attention_column_sums",
+    "attention_rows",
+    "cosine_similarity_matrix",
+    "masked_softmax",
+    "page_rank",
+    "page_rank_qk",
+    "pairwise_distance",
+    "received_attention",
+]
