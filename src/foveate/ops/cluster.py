@@ -51,7 +51,7 @@ def dpc_knn(
         >>> x = torch.tensor([[0.0], [0.1], [0.2], [5.0], [5.1]])
         >>> centres, assignment = dpc_knn(x, 2)
         >>> centres.tolist(), assignment.tolist()
-        ([1, 4], [0, 0, 0, 1, 1])
+        ([0, 3], [0, 0, 0, 1, 1])
 
     Source: Du et al. 2016 (DPC-kNN); HoliTom's spatial merge (arXiv 2505.21334).
     """
@@ -213,7 +213,13 @@ def _peak_score(
         pair_BNN = mask_BN[:, None] & mask_BN[:, :, None]
         spread_BNN = distance_BNN.masked_fill(~pair_BNN, 0.0)
     farthest_B1 = spread_BNN.flatten(1).amax(-1, keepdim=True)
-    denser_BNN = density_BN[:, None, :] > density_BN[:, :, None]
+    # Equal densities are common (mutual nearest neighbours when k = 2, flat background): the lower
+    # index counts as denser, or both of a pair would become centres side by side.
+    index_N = torch.arange(density_BN.shape[1], device=density_BN.device)
+    here_BN1, there_B1N = density_BN[:, :, None], density_BN[:, None, :]
+    denser_BNN = (there_B1N > here_BN1) | (
+        (there_B1N == here_BN1) & (index_N[None, :] < index_N[:, None])
+    )
     delta_BN = distance_BNN.masked_fill(~denser_BNN, torch.inf).amin(-1)
     score_BN = torch.minimum(delta_BN, farthest_B1) * density_BN
     return score_BN if mask_BN is None else score_BN.masked_fill(~mask_BN, -torch.inf)

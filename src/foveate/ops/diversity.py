@@ -25,7 +25,7 @@ Metric = Literal["euclidean", "cosine"]
 # Largest N whose similarity matrix may be stored, and most entries of it over a batch.
 _MATRIX_TOKENS = 4096
 _MATRIX_ENTRIES = 2**26
-_TILE = 768
+_TILE = 256
 
 
 def max_min_diversity(x_BND: Tensor, k: int, *, mask: Tensor | None = None) -> Tensor:
@@ -120,11 +120,7 @@ def k_centre(
         return _shaped(x.new_zeros(B, k, dtype=torch.long), added)
     with torch.no_grad(), full_precision(x.device):
         first_B = _first(x, first, mask_BN)
-        if metric == "cosine":
-            row = _rows_on_demand(unit_rows(x))
-        else:
-            row = _squared_rows(widen(x))
-
+        row = _rows_on_demand(unit_rows(x)) if metric == "cosine" else _squared_rows(widen(x))
         return _shaped(_farthest(row, first_B, k, mask_BN), added)
 
 
@@ -182,8 +178,8 @@ def _nearest_similarity(unit_BNC: Tensor, mask_BN: Tensor | None) -> Tensor:
     nearest_BN = unit_BNC.new_full((B, N), -torch.inf)
     for i in range(0, N, _TILE):
         left = slice(i, min(i + _TILE, N))
-        for j in range(i, N, 4 * _TILE):
-            right = slice(j, min(j + 4 * _TILE, N))
+        for j in range(i, N, 8 * _TILE):
+            right = slice(j, min(j + 8 * _TILE, N))
             tile = unit_BNC[:, left] @ unit_BNC[:, right].transpose(-1, -2)
             if i == j:
                 tile.diagonal(dim1=-2, dim2=-1).fill_(-torch.inf)

@@ -39,15 +39,43 @@ def scatter_sum(x_BND: Tensor, assignment_BN: Tensor, num_groups: int) -> Tensor
     B, N, D = x_BND.shape
     require_shape(assignment_BN, (B, N), "assignment")
     x = x_BND.to(compute_dtype(x_BND.dtype))
-    if x.device.type != "cpu" and B * N * num_groups <= _ONE_HOT_ENTRIES:
-        group_G1 = torch.arange(num_groups, device=x.device)[:, None]
-        with full_precision(x.device):
-            return (assignment_BN[:, None] == group_G1).to(x.dtype) @ x
+    if _as_product(x, num_groups):
+        return _one_hot_sum(x, assignment_BN, num_groups)
     # One spare group per sample takes what belongs to none.
     slot_BN = torch.where(assignment_BN < 0, num_groups, assignment_BN)
-    slot_BN = slot_BN + torch.arange(B, device=x.device)[:, None] * (num_groups + 1)
-    total = x.new_zeros(B * (num_groups + 1), D).index_add(0, slot_BN.flatten(), x.reshape(-1, D))
-    return total.view(B, num_groups + 1, D)[:, :num_groups]
+    total_BGD = add_rows(x.new_zeros(B, num_groups + 1, D), x, slot_BN)
+    return total_BGD[:, :num_groups]
+
+
+def add_to_groups(base_BGD: Tensor, x_BND: Tensor, assignment_BN: Tensor) -> Tensor:
+    """Add tokens to the rows of `base` in place where that is deterministic; groups are >= 0."""
+    if _as_product(x_BND, base_BGD.shape[1]):
+        return base_BGD + _one_hot_sum(x_BND, assignment_BN, base_BGD.shape[1])
+    return add_rows(base_BGD, x_BND, assignment_BN)
+
+
+def add_rows(base_BGD: Tensor, x_BND: Tensor, slot_BN: Tensor) -> Tensor:
+    """Add each token to row `slot` of its sample, in place."""
+    B, G, D = base_BGD.shape
+    flat_X = flat_rows(slot_BN, G)
+    return base_BGD.view(B * G, D).index_add_(0, flat_X, x_BND.reshape(-1, D)).view(B, G, D)
+
+
+def flat_rows(index_BK: Tensor, num_tokens: int) -> Tensor:
+    """Turn positions per sample into row numbers of the flattened [B * N, D] tensor."""
+    offset_B1 = torch.arange(index_BK.shape[0], device=index_BK.device)[:, None] * num_tokens
+    return (index_BK + offset_B1).flatten()
+
+
+def _as_product(x_BND: Tensor, num_groups: int) -> bool:
+    entries = x_BND.shape[0] * x_BND.shape[1] * num_groups
+    return x_BND.device.type != "cpu" and entries <= _ONE_HOT_ENTRIES
+
+
+def _one_hot_sum(x_BND: Tensor, assignment_BN: Tensor, num_groups: int) -> Tensor:
+    group_G1 = torch.arange(num_groups, device=x_BND.device)[:, None]
+    with full_precision(x_BND.device):
+        return (assignment_BN[:, None] == group_G1).to(x_BND.dtype) @ x_BND
 
 
 def scatter_mean(
@@ -80,13 +108,17 @@ def scatter_mean(
     require_dims(x_BND, 3, "x", "[B, N, D]")
     B, N, _ = x_BND.shape
     wide = compute_dtype(x_BND.dtype)
+    x = x_BND.to(wide)
     if weights is None:
-        weights = x_BND.new_ones(B, N, dtype=wide)
-    require_shape(weights, (B, N), "weights")
-    weights_BN1 = weights.to(wide)[..., None]
-    total_BGD = scatter_sum(x_BND.to(wide) * weights_BN1, assignment_BN, num_groups)
-    mass_BG1 = scatter_sum(weights_BN1, assignment_BN, num_groups)
-    return (total_BGD / mass_BG1.masked_fill(mass_BG1 == 0, 1.0)).to(x_BND.dtype)
+        weights_BN = x.new_ones(B, N)
+    else:
+        require_shape(weights, (B, N), "weights")
+        weights_BN = weights.to(wide)
+        x = x * weights_BN[..., None]
+    total_BGD = scatter_sum(x, assignment_BN, num_groups)
+    mass_BG1 = scatter_sum(weights_BN[..., None], assignment_BN, num_groups)
+    # In place: this tensor is ours, and at video sizes a fresh one costs more than the division.
+    return total_BGD.div_(mass_BG1.masked_fill(mass_BG1 == 0, 1.0)).to(x_BND.dtype)
 
 
 def halving_weights(target_BR: Tensor, num_targets: int) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ Legend of shape suffixes: B batch, T frames, N and M tokens, D channels.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -70,8 +71,20 @@ def adjacent_similarity(x_TND: Tensor, eps: float = 1e-8) -> Tensor:
         x = widen(x_TND)
         norm = torch.linalg.vector_norm(x, dim=-1).clamp_min(eps)
         before, after = x[..., :-1, :, :], x[..., 1:, :, :]
-        dot = torch.linalg.vecdot(before, after)
-        return dot / (norm[..., :-1, :] * norm[..., 1:, :])
+        return _row_products(before, after) / (norm[..., :-1, :] * norm[..., 1:, :])
+
+
+def _row_products(a: Tensor, b: Tensor) -> Tensor:
+    """Dot products of matching rows, [..., N, D] twice to [..., N]."""
+    if a.device.type != "cpu" or (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)):
+        return torch.linalg.vecdot(a, b)
+    # Frame by frame through one buffer that stays in cache: the tensor form writes and reads back
+    # all products, which takes three times as long at 32 x 196 x 3584.
+    out = a.new_empty(a.shape[:-1])
+    buffer = a.new_empty(a.shape[-2:])
+    for frame in np.ndindex(*a.shape[:-2]):
+        torch.sum(torch.mul(a[frame], b[frame], out=buffer), dim=-1, out=out[frame])
+    return out
 
 
 def pairwise_distance(a_BND: Tensor, b_BMD: Tensor, metric: str = "euclidean") -> Tensor:
