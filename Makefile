@@ -27,7 +27,9 @@ PY := $(BIN)/python
 PIP := $(PY) -m pip --disable-pip-version-check
 # Models and clips come from wheels, so the hub is never needed.
 export HF_HUB_OFFLINE ?= 1
+# Tools must not advertise newer versions or successors.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS ?= 1
+export NO_MKDOCS_2_WARNING ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format docs bench clean

@@ -11,9 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import foveate
+from foveate.core import STAGES, Card, Method, get_method, list_methods
 
-STAGES = ("frames", "patches", "encoder", "projector", "decoder", "cache")
 ROOT = Path(__file__).parents[1]
 
 
@@ -31,15 +30,21 @@ def _bullets(items: tuple[str, ...]) -> str:
     return "\n".join(f"- {item}" for item in items)
 
 
-def _source(card: Any) -> str:
-    """The citation of a card: a link to the paper, or to what the method is where there is none."""
+def _source(card: Card) -> str:
+    """The citation of a card: a link to the paper, or what the baseline does."""
     year = f" ({card.year})" if card.year else ""
-    link = card.url or (f"https://arxiv.org/abs/{card.arxiv}" if card.arxiv else "")
-    paper = f"[{card.paper}]({link})" if link else card.paper
-    return paper + (f", arXiv {card.arxiv}" if card.arxiv else "") + year
+    if not card.arxiv:
+        return card.paper + year
+    return f"[{card.paper}](https://arxiv.org/abs/{card.arxiv}), arXiv {card.arxiv}{year}"
 
 
-def _parameters(method: type) -> str:
+def _official_code(card: Card) -> str:
+    if not card.url:
+        return "none"
+    return f"<{card.url}>" + (f", {card.licence}" if card.licence else "")
+
+
+def _parameters(method: type[Method]) -> str:
     rows = [
         [f"`{field.name}`", f"`{_type_name(field.type)}`", f"`{_default(field)}`"]
         for field in dataclasses.fields(method)
@@ -62,13 +67,14 @@ def _default(field: dataclasses.Field) -> str:
 
 def method_page(name: str) -> str:
     """Markdown page of one registered method, written from its card and its fields."""
-    method = foveate.get_method(name)
+    method = get_method(name)
     card = method.card
     facts = [
         ["Source", _source(card)],
         ["Stages", ", ".join(card.stages)],
         ["Kind", card.kind],
-        ["Licence of the official code", card.licence or "none published"],
+        ["Official code", _official_code(card)],
+        ["Default budget", f"`retain={card.retain:g}`"],
         ["Class", f"[`{method.__name__}`][{method.__module__}.{method.__qualname__}]"],
     ]
     parts = [
@@ -77,7 +83,7 @@ def method_page(name: str) -> str:
         _table(["`" + name + "`", ""], facts),
         "## Use",
         "```python\nimport foveate\n\n"
-        f'with foveate.reduce(model, "{name}", retain=0.25) as run:\n'
+        f'with foveate.reduce(model, "{name}", retain={card.retain:g}) as run:\n'
         "    output = model.generate(**inputs)\nprint(run.report)\n```",
         "## Parameters",
         "Keyword arguments of `foveate.reduce` and fields of the class.",
@@ -103,8 +109,8 @@ def method_page(name: str) -> str:
 def method_table() -> str:
     """Markdown table of every registered method against the six stages."""
     rows = []
-    for name in foveate.list_methods():
-        card = foveate.get_method(name).card
+    for name in list_methods():
+        card = get_method(name).card
         marks = ["yes" if stage in card.stages else "" for stage in STAGES]
         rows.append([f"[{card.title}]({name}.md)", f"`{name}`", *marks, card.kind])
     return _table(["Method", "Name", *STAGES, "Kind"], rows)
@@ -142,14 +148,14 @@ def api_packages() -> list[str]:
 def generated_pages() -> dict[str, str]:
     """Every generated page: path below docs/ -> Markdown."""
     pages = {"methods/index.md": methods_index()}
-    pages |= {f"methods/{name}.md": method_page(name) for name in foveate.list_methods()}
+    pages |= {f"methods/{name}.md": method_page(name) for name in list_methods()}
     pages |= {f"api/{package}.md": api_page(package) for package in api_packages()}
     return pages
 
 
 def on_config(config: Any) -> Any:
     """Fill the navigation: mkdocs calls this before it looks for pages."""
-    methods = [{foveate.get_method(n).card.title: f"methods/{n}.md"} for n in foveate.list_methods()]
+    methods = [{get_method(n).card.title: f"methods/{n}.md"} for n in list_methods()]
     packages = [{package: f"api/{package}.md"} for package in api_packages()]
     for entry in config.nav:
         if entry.get("Methods") is not None:
@@ -169,5 +175,5 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 if __name__ == "__main__":
-    for requested in sys.argv[1:] or foveate.list_methods():
+    for requested in sys.argv[1:] or list_methods():
         print(method_page(requested))
