@@ -1,15 +1,17 @@
 """Write the documentation pages that come from code: one per method, one per package.
 
 mkdocs loads this file as a hook (`hooks:` in mkdocs.yml), so the pages are made on every build and
-never stored. `python scripts/gen_method_pages.py holitom` prints one page.
+never stored. From the shell, `python scripts/gen_method_pages.py holitom` prints one page and
+`python scripts/gen_method_pages.py --readme` renews the table in README.md.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from foveate.core import STAGES, Card, Method, get_method, list_methods
 
@@ -17,7 +19,9 @@ ROOT = Path(__file__).parents[1]
 
 
 def _cell(text: object) -> str:
-    return str(text).replace("|", "\\|").replace("\n", " ")
+    # Inside backticks a bar does not end the cell, and a backslash would be shown.
+    parts = str(text).replace("\n", " ").split("`")
+    return "`".join(p if i % 2 else p.replace("|", "\\|") for i, p in enumerate(parts))
 
 
 def _table(header: list[str], rows: list[list[object]]) -> str:
@@ -45,24 +49,39 @@ def _official_code(card: Card) -> str:
 
 
 def _parameters(method: type[Method]) -> str:
-    rows = [
-        [f"`{field.name}`", f"`{_type_name(field.type)}`", f"`{_default(field)}`"]
-        for field in dataclasses.fields(method)
-        if field.init and not field.name.startswith("_")
+    hints, meanings = get_type_hints(method), _meanings(method)
+    rows: list[list[object]] = [
+        [f"`{f.name}`", f"`{_type(hints[f.name])}`", f"`{_default(f)}`", meanings.get(f.name, "")]
+        for f in dataclasses.fields(method)
     ]
-    return _table(["Parameter", "Type", "Default"], rows) if rows else "None."
+    return _table(["Parameter", "Type", "Default", "Meaning"], rows) if rows else "None."
 
 
-def _type_name(annotation: object) -> str:
-    return annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "object")
+def _meanings(method: type) -> dict[str, str]:
+    """Field -> what the class docstring says about it."""
+    from griffe import Docstring
+
+    sections = Docstring(inspect.getdoc(method) or "").parse(
+        "google", warn_unknown_params=False, warn_missing_types=False
+    )
+    return {
+        item.name: item.description
+        for section in sections
+        if section.kind.value == "parameters"
+        for item in section.value
+    }
+
+
+def _type(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
 
 
 def _default(field: dataclasses.Field) -> str:
-    if field.default is not dataclasses.MISSING:
-        return repr(field.default)
     if field.default_factory is not dataclasses.MISSING:
         return repr(field.default_factory())
-    return "required"
+    if field.default is dataclasses.MISSING:
+        return "required"
+    return f"{field.default:.4g}" if isinstance(field.default, float) else repr(field.default)
 
 
 def method_page(name: str) -> str:
@@ -101,19 +120,40 @@ def method_page(name: str) -> str:
     if card.notes:
         parts += ["## Notes", _bullets(card.notes)]
     reference = f"::: {method.__module__}.{method.__qualname__}"
-    options = "    options:\n      heading_level: 3\n      show_root_heading: true"
-    parts += ["## Reference", f"{reference}\n{options}"]
+    options = {
+        "heading_level": 3,
+        "members": "false",
+        "show_docstring_parameters": "false",  # they are in the table above
+        "show_root_heading": "true",
+    }
+    lines = [
+        reference,
+        "    options:",
+        *(f"      {key}: {value}" for key, value in options.items()),
+    ]
+    parts += ["## Reference", "\n".join(lines)]
     return "\n\n".join(parts) + "\n"
 
 
-def method_table() -> str:
-    """Markdown table of every registered method against the six stages."""
-    rows = []
-    for name in list_methods():
-        card = get_method(name).card
-        marks = ["yes" if stage in card.stages else "" for stage in STAGES]
-        rows.append([f"[{card.title}]({name}.md)", f"`{name}`", *marks, card.kind])
-    return _table(["Method", "Name", *STAGES, "Kind"], rows)
+def method_table(linked: bool = True) -> str:
+    """Markdown table of every registered method against the stages that any of them acts at."""
+    cards = [get_method(name).card for name in list_methods()]
+    stages = [stage for stage in STAGES if any(stage in card.stages for card in cards)]
+    rows: list[list[object]] = []
+    for card in cards:
+        title = f"[{card.title}]({card.name}.md)" if linked else card.title
+        marks = ["x" if stage in card.stages else "" for stage in stages]
+        paper = f"[{card.arxiv}](https://arxiv.org/abs/{card.arxiv})" if card.arxiv else ""
+        rows.append([title, f"`{card.name}`", *marks, card.kind, paper])
+    return _table(["Method", "Name", *stages, "Kind", "Paper"], rows)
+
+
+def readme_with_table(readme: str) -> str:
+    """README.md with the text between its `methods` marks replaced by the table."""
+    start, end = "<!-- methods:start -->", "<!-- methods:end -->"
+    head, _, rest = readme.partition(start)
+    tail = rest.partition(end)[2]
+    return f"{head}{start}\n{method_table(linked=False)}\n{end}{tail}"
 
 
 def methods_index() -> str:
@@ -175,5 +215,9 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 if __name__ == "__main__":
-    for requested in sys.argv[1:] or list_methods():
-        print(method_page(requested))
+    if sys.argv[1:] == ["--readme"]:
+        readme = ROOT / "README.md"
+        readme.write_text(readme_with_table(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    else:
+        for requested in sys.argv[1:] or list_methods():
+            print(method_page(requested))

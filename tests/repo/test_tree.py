@@ -101,13 +101,6 @@ def test_relative_links_in_the_documents_lead_somewhere() -> None:
             assert (ROOT / target).exists(), f"{name} links to {target}"
 
 
-def test_readme_python_blocks_compile() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert blocks
-    for block in blocks:
-        compile(block, "README.md", "exec")
-
-
 def test_extras_the_code_recommends_are_declared() -> None:
     declared = set(pyproject()["project"]["optional-dependencies"])
     for path in [*(ROOT / "src").rglob("*.py"), ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:

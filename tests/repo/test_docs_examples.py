@@ -1,0 +1,60 @@
+"""Python in the documentation compiles, and what is complete enough to run is run."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from foveate.models import registry as adapters
+
+ROOT = Path(__file__).parents[2]
+PYTHON_BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+
+
+def run(document: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A module made of all Python blocks of a document, run in order."""
+    module = ModuleType(Path(document).stem)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    torch.manual_seed(0)
+    for block in PYTHON_BLOCK.findall((ROOT / document).read_text(encoding="utf-8")):
+        exec(compile(block, document, "exec", dont_inherit=True), module.__dict__)
+    return module
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_python_blocks_compile(document: Path) -> None:
+    for block in PYTHON_BLOCK.findall(document.read_text(encoding="utf-8")):
+        compile(block, str(document), "exec", dont_inherit=True)
+
+
+def test_concepts_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    module = run("docs/concepts.md", monkeypatch)
+    assert (tmp_path / "recipe.json").exists()
+    assert module.merge.apply(module.x_BND).tolist() == [[[1, 2], [4, 5]]]
+    assert module.merge.matrix().tolist() == [[[0.5, 0.5, 0, 0], [0, 0, 1, 0]]]
+
+
+def test_the_adapter_in_ten_lines_serves_its_family(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(adapters, "_ADAPTERS", dict(adapters._ADAPTERS))
+    first = PYTHON_BLOCK.findall((ROOT / "docs/adapters.md").read_text(encoding="utf-8"))[0]
+    lines = [line for line in first.splitlines() if line.strip()]
+    assert len(lines) <= 10
+    module = run("docs/adapters.md", monkeypatch)
+    assert isinstance(adapters.adapter_for(module.model), module.VipLlavaAdapter)
+    assert "16 -> 4" in capsys.readouterr().out
+
+
+def test_known_families_are_all_listed() -> None:
+    page = (ROOT / "docs/adapters.md").read_text(encoding="utf-8")
+    section = page.partition("## Known families")[2].partition("\n## ")[0]
+    listed = set(re.findall(r"`(\w+)`", section)) - {"UnknownModelError"}
+    assert listed == set(adapters._ADAPTERS)
