@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from foveate.ops.allocate import proportional
+
 Rounding = Literal["half_even", "floor", "ceil"]
 
 
@@ -99,6 +101,20 @@ class Budget:
         if rounding == "half_even":
             return round(exact)
         return math.floor(exact) if rounding == "floor" else math.ceil(exact)
+
+    def split(self, sizes: Sequence[int], rounding: Rounding = "half_even") -> list[int]:
+        """How many tokens of each part (tile, frame) stay, at least one of every part.
+
+        `retain` is rounded part by part; `tokens` is shared in proportion to the sizes, exactly.
+
+        Example:
+            >>> Budget(retain=0.25).split([16, 36]), Budget(tokens=10).split([16, 16, 36])
+            ([4, 9], [3, 2, 5])
+        """
+        if self.tokens is None:
+            return [min(size, max(1, self.count(size, rounding))) for size in sizes]
+        total = min(max(self.count(sum(sizes)), len(sizes)), sum(sizes))
+        return proportional(total, sizes, minimum=1, maximum=sizes)
 
     def _scalars(self) -> tuple[float | None, int | None]:
         if self.num_samples is not None:

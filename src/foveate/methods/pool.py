@@ -1,0 +1,125 @@
+"""Average pooling of visual tokens: the baseline that keeps everything, blurred.
+
+Legend: N tokens of one item, P patches, T planes (frames or tiles), h and w the pooled grid.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from foveate.core import (
+    Budget,
+    Card,
+    Count,
+    Grid,
+    Method,
+    ProjectorContext,
+    Reduction,
+    TokenKind,
+    Tokens,
+    with_newlines,
+)
+
+
+def pooled_shape(height: int, width: int, most: int) -> tuple[int, int]:
+    """The largest grid of at most `most` cells whose shape is close to `height` x `width`.
+
+    Close means that the aspect ratio changes by at most a factor of 2 (if any grid does that); of
+    equally large grids the one of closest aspect wins. O(height).
+
+    Example:
+        >>> pooled_shape(14, 14, 49), pooled_shape(14, 14, 29), pooled_shape(1, 9, 3)
+        ((7, 7), (4, 7), (1, 3))
+    """
+
+    def distortion(shape: tuple[int, int]) -> float:
+        # Rounded, so that a grid and its transpose tie and the wider one is taken.
+        return round(abs(math.log2(shape[0] * width / (shape[1] * height))), 9)
+
+    rows = range(1, min(height, most) + 1)
+    shapes = [(row, min(width, most // row)) for row in rows]
+    close = [shape for shape in shapes if distortion(shape) <= 1.0] or shapes
+    return max(close, key=lambda shape: (shape[0] * shape[1], -distortion(shape), -shape[0]))
+
+
+@dataclass(frozen=True)
+class Pool(Method):
+    """Averages neighbouring patches of every frame or tile on a coarser grid.
+
+    The cells partition the plane and differ by at most one row and column in size. A pooled row
+    keeps the newline of the row at its middle; newlines at the end and [CLS] tokens stay.
+
+    Example:
+        >>> from foveate.core import Budget, Grid
+        >>> Pool().count(Grid.video(8, 14, 14), Budget(retain=0.25))
+        Count(tokens=392, exact=True)
+    """
+
+    card: ClassVar[Card] = Card(
+        name="pool",
+        title="Average pooling",
+        paper="Baseline: average pooling on a coarser grid",
+        stages=("projector",),
+        kind="baseline",
+        summary="Averages neighbouring patches of every frame or tile.",
+        notes=(
+            "A grid has whole rows and columns, so fewer tokens than the budget may remain: the "
+            "largest grid within the budget whose aspect ratio is within a factor of 2 is taken.",
+            "One newline per pooled row, newlines at the end and [CLS] tokens come on top of the "
+            "budget.",
+        ),
+        retain=0.25,
+    )
+
+    def count(self, grid: Grid, budget: Budget) -> Count:
+        """Cells of all planes plus special tokens, exactly."""
+        if budget.is_full:
+            return Count(grid.num_tokens)
+        total = grid.newlines_at_end
+        for plane, (h, w) in zip(grid.planes, self._shapes(grid, budget), strict=True):
+            total += h * w + plane.prefix + (h if plane.row_newline else 0)
+        return Count(total)
+
+    def projector(self, tokens: Tokens, context: ProjectorContext) -> Reduction | None:
+        """Average the cells of every plane, weighted by token size."""
+        if context.budget.is_full:
+            return None
+        grid, device, N = context.grid, tokens.device, tokens.num_tokens
+        patch_P = grid.patch_index(device)
+        plane_P, row_P, column_P = grid.positions(device)[patch_P].unbind(1)
+        before = torch.tensor([(p.height, p.width) for p in grid.planes], device=device)[plane_P]
+        after = torch.tensor(self._shapes(grid, context.budget), device=device)[plane_P]
+        cell_row_P, is_middle_row_P = _bins(row_P, before[:, 0], after[:, 0])
+        cell_column_P, is_middle_column_P = _bins(column_P, before[:, 1], after[:, 1])
+        anchor_K = patch_P[is_middle_row_P & is_middle_column_P]
+        cls_K = (grid.kinds(device) == TokenKind.CLS).nonzero()[:, 0]
+        kept_M = torch.cat([with_newlines(anchor_K, grid, "row"), cls_K]).sort().values
+        slot_N = torch.full((N,), -1, device=device)
+        slot_N[kept_M] = torch.arange(len(kept_M), device=device)
+        # Cells in raster order are numbered like their anchors, which are in raster order, too.
+        cells_T = torch.tensor([h * w for h, w in self._shapes(grid, context.budget)])
+        first_T = (cells_T.cumsum(0) - cells_T).to(device)
+        cell_P = first_T[plane_P] + cell_row_P * after[:, 1] + cell_column_P
+        slot_N[patch_P] = slot_N[anchor_K][cell_P]
+        return Reduction.merge(slot_N, len(kept_M), tokens.size_BN, kept_M)
+
+    def _shapes(self, grid: Grid, budget: Budget) -> list[tuple[int, int]]:
+        most = budget.split([plane.num_patches for plane in grid.planes], "floor")
+        return [
+            pooled_shape(plane.height, plane.width, count)
+            for plane, count in zip(grid.planes, most, strict=True)
+        ]
+
+
+def _bins(
+    index_P: torch.Tensor, size_P: torch.Tensor, bins_P: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bin of every row (or column) and whether it is the middle one of its bin."""
+    bin_P = index_P * bins_P // size_P
+    first_P = -(-bin_P * size_P // bins_P)
+    end_P = -(-(bin_P + 1) * size_P // bins_P)
+    return bin_P, index_P == (first_P + end_P - 1) // 2
