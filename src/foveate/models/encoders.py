@@ -1,0 +1,94 @@
+"""Vision encoders on their own: ViT, DeiT, DINOv2, CLIP and SigLIP.
+
+Legend: B images, h and w in pixels.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from foveate.core.grid import Grid, Plane
+from foveate.models.llava import patch_grid
+from foveate.models.maps import stretch_each
+from foveate.models.tower import VisionTower, build_tower
+
+
+class EncoderAdapter:
+    """One kind of encoder; the encoder may be the model or a part of it (a classifier, CLIP).
+
+    Attributes:
+        family: short name, as users type it.
+        model_types: values of `config.model_type` that this adapter serves.
+        docs_name: name for people.
+        roots: names under which models of the family hold the encoder; none of them: it is the
+            model itself.
+    """
+
+    family: ClassVar[str]
+    model_types: ClassVar[tuple[str, ...]]
+    docs_name: ClassVar[str]
+    roots: ClassVar[tuple[str, ...]] = ()
+
+    def tower(self, model: nn.Module) -> VisionTower:
+        """The encoder; all of its blocks count, so `feature_block` is the last."""
+        for name in self.roots:
+            if isinstance(inner := model._modules.get(name), nn.Module):
+                return self.tower(inner)
+        return build_tower(model)
+
+    def grid(self, model: nn.Module, pixel_values: Tensor) -> Grid:
+        """The grid of each of the images [B, 3, h, w]; [CLS] and the like are its prefix."""
+        tower = self.tower(model)
+        height, width = patch_grid(tower, pixel_values)
+        return Grid((Plane(height, width, prefix=tower.num_prefix),))
+
+    def pixels(self, pixel_values: Tensor) -> list[Tensor]:
+        """The images for pictures, uint8 [1, 3, h, w] each, stretched from minimum to maximum."""
+        return stretch_each(pixel_values)
+
+
+class ViTAdapter(EncoderAdapter):
+    """ViT, alone or under an image classifier."""
+
+    family = "vit"
+    model_types: ClassVar = ("vit",)
+    docs_name = "ViT"
+    roots: ClassVar = ("vit",)
+
+
+class DeiTAdapter(EncoderAdapter):
+    """DeiT: a ViT with a distillation token behind [CLS]."""
+
+    family = "deit"
+    model_types: ClassVar = ("deit",)
+    docs_name = "DeiT"
+    roots: ClassVar = ("deit",)
+
+
+class Dinov2Adapter(EncoderAdapter):
+    """DINOv2, with or without register tokens."""
+
+    family = "dinov2"
+    model_types: ClassVar = ("dinov2", "dinov2_with_registers")
+    docs_name = "DINOv2"
+    roots: ClassVar = ("dinov2", "dinov2_with_registers")
+
+
+class CLIPAdapter(EncoderAdapter):
+    """CLIP's vision encoder, alone or in the pair with its text encoder."""
+
+    family = "clip"
+    model_types: ClassVar = ("clip", "clip_vision_model")
+    docs_name = "CLIP"
+    roots: ClassVar = ("vision_model",)
+
+
+class SiglipAdapter(EncoderAdapter):
+    """SigLIP's vision encoder, which has no [CLS], alone or with its text encoder."""
+
+    family = "siglip"
+    model_types: ClassVar = ("siglip", "siglip_vision_model")
+    docs_name = "SigLIP"
+    roots: ClassVar = ("vision_model",)
