@@ -99,3 +99,11 @@ class MissingSignalError(AttachmentError):
             f"{method} needs the signal {needed}, which this model does not offer{because}. "
             "A method that needs no encoder signal works here: divprune, uniform, pool or random."
         )
+
+
+class UnknownModelError(FoveateError, ValueError):
+    """The model belongs to no family that has an adapter; the message lists those that have."""
+
+
+class UnsupportedModelError(FoveateError, ValueError):
+    """The family is known, but this model is configured in a way its adapter cannot handle."""

@@ -1,0 +1,401 @@
+"""A video to take frames from: the first stage of every pipeline.
+
+Legend: T frames given out; C colour channels (3); H, W pixels in display orientation.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from foveate.errors import (
+    DamagedVideoError,
+    DamagedVideoWarning,
+    EmptyVideoError,
+    FrameRequestError,
+    FrameTooLargeError,
+)
+from foveate.video import sampling
+from foveate.video.decode import Decoded, PyAVReader, Reader, Scan
+from foveate.video.frames import Damage, Frames, VideoInfo
+from foveate.video.memory import pixels_from, table_of
+from foveate.video.resize import resize
+from foveate.video.source import MediaSource
+from foveate.video.table import PacketTable, plan, suspects
+
+Size = tuple[int, int]
+MAX_PIXELS = 64 << 20
+MAX_BYTES = 16 << 30
+
+
+class Clip:
+    """A video file, or frames in memory, that gives out frames with their times.
+
+    Opening lists the packets (0.4 % of the cost of decoding) and decodes one picture, for its
+    rotation. Seconds count from the first frame; frames are numbered by presentation order, never
+    by rate arithmetic, so variable rates, reordering and late starts need no care. Frames are upright
+    (the container's rotation is applied); non-square pixels are not stretched.
+
+    Args:
+        source: path, bytes, binary file object (read from its beginning); uint8 tensor [T, 3, H, W]
+            or numpy array [T, H, W, 3], or either as floats in 0..1; or a list of PIL images.
+        fps: frames per second of frames in memory (1 unless given); files carry their own times.
+        max_pixels: largest picture, in pixels, that is decoded; checked before any decoding.
+        max_bytes: most memory for the frames of one request.
+        threads: codec threads, 0 for FFmpeg's choice.
+        reader: another decoder in place of PyAV; `source` is then not looked at.
+
+    Raises:
+        VideoError: of the subclass that says what is wrong; see `foveate.errors`.
+        MissingDependencyError: the source is a file and PyAV is not installed.
+
+    Example:
+        >>> clip = Clip(torch.zeros(10, 3, 4, 6, dtype=torch.uint8), fps=5)
+        >>> clip.info.duration, len(clip)
+        (2.0, 10)
+        >>> clip.sample(3).seconds.tolist()
+        [0.0, 0.8, 1.8]
+    """
+
+    def __init__(
+        self,
+        source: str | os.PathLike[str] | bytes | BinaryIO | Tensor | np.ndarray | list[Any],
+        *,
+        fps: float | None = None,
+        max_pixels: int = MAX_PIXELS,
+        max_bytes: int = MAX_BYTES,
+        threads: int = 0,
+        reader: Reader | None = None,
+    ) -> None:
+        self._max_bytes = max_bytes
+        self._pixels_TCHW: Tensor | None = None if reader else pixels_from(source)
+        self._reader: Reader | None = reader
+        if self._pixels_TCHW is not None:
+            self._table, self.info = _memory_facts(self._pixels_TCHW, 1.0 if fps is None else fps)
+            self.name = f"{type(source).__name__} of {len(self)} frames"
+            return
+        if fps is not None:
+            raise FrameRequestError(
+                "fps is for frames in memory; files carry their times (use clip.uniform(fps=...) "
+                "to take frames at a rate)"
+            )
+        if self._reader is None:
+            media = MediaSource(source)  # type: ignore[arg-type]
+            self.name = media.name
+            self._reader = PyAVReader(media, max_pixels=max_pixels, threads=threads)
+        else:
+            self.name = type(self._reader).__name__
+        scan = self._reader.scan()
+        self._table = scan.table
+        self.info = _file_facts(scan, self.name)
+
+    @classmethod
+    def open(cls, source: Any, **options: Any) -> Clip:
+        """The same as ``Clip(source, **options)``; a clip is given back as it is."""
+        return source if isinstance(source, Clip) else cls(source, **options)
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __repr__(self) -> str:
+        info = self.info
+        return (
+            f"Clip({self.name!r}, {info.width}x{info.height}, {info.duration:.3f} s, "
+            f"{info.num_frames} frames at {info.frame_rate:.3f}/s, {info.codec})"
+        )
+
+    @property
+    def seconds(self) -> Tensor:
+        """float64 [F], when each frame is first shown."""
+        return torch.from_numpy(self._table.seconds_F.copy())
+
+    def sample(
+        self,
+        n: int,
+        *,
+        policy: sampling.Policy = "ends",
+        allow_repeat: bool = False,
+        size: Size | None = None,
+        strict: bool = False,
+    ) -> Frames:
+        """Take n frames spread evenly over the clip.
+
+        Args:
+            n: number of frames.
+            policy: "ends" (first and last frame included) or "centers"; see
+                `foveate.video.sampling.sample_ranks`.
+            allow_repeat: let n exceed the number of frames.
+            size: (height, width) to scale to while converting (one fast bicubic call per
+                frame, for files); None keeps full size and exact pixels.
+            strict: raise instead of standing in for frames that do not decode.
+
+        Raises:
+            FrameRequestError: n is no whole number, below 1, or more than there are.
+            FrameTooLargeError: the result would take more than ``max_bytes``.
+            DamagedVideoError: nothing decodes, or anything is lost and ``strict`` is set.
+
+        Example:
+            >>> Clip(torch.zeros(10, 3, 4, 6, dtype=torch.uint8)).sample(4).index.tolist()
+            [0, 3, 6, 9]
+        """
+        ranks = sampling.sample_ranks(len(self), n, policy=policy, allow_repeat=allow_repeat)
+        return self._read(ranks, size, strict)
+
+    def at(
+        self, seconds: float | Iterable[float], *, size: Size | None = None, strict: bool = False
+    ) -> Frames:
+        """Take the frames on screen at these seconds (counted from the first frame), in that order.
+
+        Raises:
+            FrameRequestError: a time lies outside of [0, duration).
+
+        Example:
+            >>> Clip(torch.zeros(10, 3, 4, 6, dtype=torch.uint8), fps=5).at([1.5, 0.1]).index.tolist()
+            [7, 0]
+        """
+        times = sampling.check_seconds(seconds, self.info.duration)
+        return self._read(self._table.shown_at(times), size, strict)
+
+    def take(
+        self, index: int | Iterable[int], *, size: Size | None = None, strict: bool = False
+    ) -> Frames:
+        """Take frames by rank (0-based, presentation order), in the order given.
+
+        Raises:
+            FrameRequestError: an index is not in [0, len(clip)).
+        """
+        return self._read(sampling.check_ranks(index, len(self)), size, strict)
+
+    def uniform(self, fps: float, *, size: Size | None = None, strict: bool = False) -> Frames:
+        """Take the frames on screen at 0, 1/fps, 2/fps, ... seconds, each once.
+
+        Raises:
+            FrameRequestError: fps is not a positive number.
+
+        Example:
+            >>> Clip(torch.zeros(10, 3, 4, 6, dtype=torch.uint8), fps=5).uniform(fps=1).index.tolist()
+            [0, 5]
+        """
+        return self._read(self._at_rate(fps), size, strict)
+
+    def stream(
+        self,
+        fps: float | None = None,
+        *,
+        chunk: int = 32,
+        size: Size | None = None,
+        strict: bool = False,
+    ) -> Iterator[Frames]:
+        """Give all frames (or those at a rate) in order, a chunk at a time, decoding once.
+
+        Memory stays at one chunk however long the video is. Each chunk has its own damage report.
+
+        Args:
+            fps: as in `uniform`; None gives every frame.
+            chunk: frames per chunk (the last may be shorter).
+
+        Raises:
+            FrameRequestError: chunk is below 1 or fps is not positive.
+
+        Example:
+            >>> clip = Clip(torch.zeros(10, 3, 4, 6, dtype=torch.uint8))
+            >>> [len(frames) for frames in clip.stream(chunk=4)]
+            [4, 4, 2]
+        """
+        if sampling.whole(chunk, "chunk") < 1:
+            raise FrameRequestError(f"chunk must be at least 1 frame, got {chunk}")
+        ranks = np.arange(len(self)) if fps is None else self._at_rate(fps)
+        size = self._checked_size(size, min(chunk, len(ranks)))
+        return self._chunks(ranks, chunk, size, strict, 3)
+
+    def __iter__(self) -> Iterator[Frames]:
+        """Every frame, one at a time."""
+        return self.stream(chunk=1)
+
+    def _at_rate(self, fps: float) -> np.ndarray:
+        tick = float(self._table.time_base)
+        return sampling.rate_ranks(self._table.seconds_F, self.info.duration, tick, fps)
+
+    def _read(self, ranks: np.ndarray, size: Size | None, strict: bool) -> Frames:
+        """Decode each distinct rank once, then put them in the order asked for."""
+        distinct, order = np.unique(ranks, return_inverse=True)
+        size = self._checked_size(size, len(ranks))
+        (frames,) = self._chunks(distinct, len(distinct), size, strict, 5)
+        if np.array_equal(distinct, ranks):
+            return frames
+        order_T = torch.from_numpy(order.astype(np.int64))
+        return Frames(
+            frames.pixels[order_T.to(frames.pixels.device)],
+            frames.seconds[order_T],
+            frames.index[order_T],
+            frames.damage,
+        )
+
+    def _chunks(
+        self, ranks: np.ndarray, chunk: int, size: Size, strict: bool, stacklevel: int
+    ) -> Iterator[Frames]:
+        """Frames of ascending distinct ranks, converted straight into one buffer per chunk."""
+        if self._pixels_TCHW is not None:
+            for first in range(0, len(ranks), chunk):
+                yield self._from_memory(ranks[first : first + chunk], size)
+            return
+        assert self._reader is not None
+        log = _Log()
+        decoded_frames = self._reader.decode(plan(self._table, ranks.tolist()))
+        chosen = _stand_ins(log.watch(decoded_frames), ranks.tolist())
+        for first in range(0, len(ranks), chunk):
+            part = ranks[first : first + chunk]
+            pixels_TCHW = torch.empty(len(part), 3, *size, dtype=torch.uint8)
+            replaced = {}
+            for slot, (rank, decoded) in enumerate(zip(part.tolist(), chosen, strict=False)):
+                if decoded is None:
+                    raise DamagedVideoError(
+                        f"none of the {len(ranks)} frames asked for can be decoded", source=self.name
+                    )
+                if decoded.rank != rank:
+                    replaced[rank] = decoded.rank
+                decoded.write(pixels_TCHW[slot])
+            damage = Damage(
+                requested=len(part),
+                replaced=replaced,
+                suspect=tuple(suspects(self._table, part, log.seen, log.flagged, log.highest)),
+                lost_frames=self.info.lost_frames,
+            )
+            self._report(damage, strict, stacklevel)
+            yield self._frames(pixels_TCHW, part, damage)
+
+    def _report(self, damage: Damage, strict: bool, stacklevel: int) -> None:
+        if not damage:
+            return
+        if strict:
+            raise DamagedVideoError(damage.reason, source=self.name)
+        # The level points at the caller of sample(), at(), stream(), ...
+        message = f"{self.name}: {damage.reason}"
+        warnings.warn(message, DamagedVideoWarning, stacklevel=stacklevel)
+
+    def _from_memory(self, ranks: np.ndarray, size: Size) -> Frames:
+        assert self._pixels_TCHW is not None
+        index_T = torch.from_numpy(ranks.astype(np.int64))
+        pixels_TCHW = self._pixels_TCHW[index_T.to(self._pixels_TCHW.device)]
+        if size != tuple(pixels_TCHW.shape[-2:]):
+            pixels_TCHW = resize(pixels_TCHW, size)
+        return self._frames(pixels_TCHW, ranks, Damage(len(ranks)))
+
+    def _frames(self, pixels_TCHW: Tensor, ranks: np.ndarray, damage: Damage) -> Frames:
+        return Frames(
+            pixels_TCHW,
+            torch.from_numpy(self._table.seconds_F[ranks]),
+            torch.from_numpy(ranks.astype(np.int64)),
+            damage,
+        )
+
+    def _checked_size(self, size: Size | None, count: int) -> Size:
+        if size is None:
+            size = (self.info.height, self.info.width)
+        try:
+            height, width = (sampling.whole(value, "height and width") for value in size)
+        except (TypeError, ValueError) as error:
+            raise FrameRequestError(f"size must be (height, width) in pixels, got {size!r}") from error
+        if height < 1 or width < 1:
+            raise FrameRequestError(f"size must be at least (1, 1) pixels, got {size!r}")
+        needed = 3 * height * width * count
+        if needed > self._max_bytes:
+            raise FrameTooLargeError(
+                f"{count} frames of {width}x{height} pixels take {needed / 2**30:.1f} GiB, more than "
+                f"max_bytes allows ({self._max_bytes / 2**30:.1f} GiB); take fewer, pass "
+                "size=(height, width), or read them with clip.stream()",
+                source=self.name,
+            )
+        return height, width
+
+
+class _Log:
+    """Remembers which frames came out of a decoder, for the damage report."""
+
+    def __init__(self) -> None:
+        self.seen: set[int] = set()
+        self.flagged: set[int] = set()
+        self.highest = -1
+
+    def watch(self, frames: Iterator[Decoded]) -> Iterator[Decoded]:
+        for decoded in frames:
+            self.seen.add(decoded.rank)
+            self.highest = max(self.highest, decoded.rank)
+            if decoded.is_corrupt:
+                self.flagged.add(decoded.rank)
+            yield decoded
+
+
+def _stand_ins(frames: Iterator[Decoded], wanted: list[int]) -> Iterator[Decoded | None]:
+    """For each wanted rank (ascending) the decoded frame to show: itself, else the nearest one.
+
+    Frames met on the way count as neighbours, too. None means that nothing decoded at all.
+    """
+    before: Decoded | None = None
+    slot = 0
+    for decoded in frames:
+        while slot < len(wanted) and wanted[slot] < decoded.rank:
+            is_nearer = before and wanted[slot] - before.rank <= decoded.rank - wanted[slot]
+            yield before if is_nearer else decoded
+            slot += 1
+        if slot < len(wanted) and wanted[slot] == decoded.rank:
+            yield decoded
+            slot += 1
+        if slot == len(wanted):
+            return
+        if before is None or decoded.rank > before.rank:
+            before = decoded
+    for _ in range(slot, len(wanted)):
+        yield before
+
+
+def _memory_facts(pixels_TCHW: Tensor, fps: float) -> tuple[PacketTable, VideoInfo]:
+    if isinstance(fps, bool) or not isinstance(fps, (int, float)) or not 1e-6 <= fps < math.inf:
+        raise FrameRequestError(f"fps must be a positive number of frames per second, got {fps!r}")
+    table = table_of(len(pixels_TCHW), fps)
+    height, width = pixels_TCHW.shape[-2:]
+    return table, _info(table, height=height, width=width, codec="raw", container="memory")
+
+
+def _file_facts(scan: Scan, name: str) -> VideoInfo:
+    if len(scan.table) == 0:
+        raise EmptyVideoError("its video track has no frames", source=name)
+    if scan.table.duration <= 0:
+        raise EmptyVideoError("its video track lasts zero seconds", source=name)
+    if scan.height < 1 or scan.width < 1:
+        raise EmptyVideoError(
+            f"its frames have no pixels ({scan.width}x{scan.height})", source=name
+        )
+    return _info(
+        scan.table,
+        height=scan.height,
+        width=scan.width,
+        codec=scan.codec,
+        container=scan.container,
+        rotation=scan.orientation.degrees,
+        mirrored=scan.orientation.mirrored,
+        has_audio=scan.has_audio,
+        lost_frames=scan.lost_frames,
+    )
+
+
+def _info(table: PacketTable, **facts: Any) -> VideoInfo:
+    key_K = np.flatnonzero(table.key_F)
+    return VideoInfo(
+        duration=table.duration,
+        frame_rate=len(table) / table.duration,
+        num_frames=len(table),
+        keyframe_index=torch.from_numpy(key_K),
+        keyframe_seconds=torch.from_numpy(table.seconds_F[key_K]),
+        keyframe_pts=torch.from_numpy(table.pts_F[key_K]),
+        variable_frame_rate=table.is_variable,
+        start_seconds=float(int(table.pts_F[0]) * table.time_base),
+        **facts,
+    )
