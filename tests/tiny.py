@@ -179,7 +179,7 @@ def tiny_model(
     attn: str = "sdpa",
     **overrides: Any,
 ) -> nn.Module:
-    """A random ...ForConditionalGeneration in eval mode; `overrides` replace fields of its config."""
+    """A random ...ForConditionalGeneration in eval mode; `overrides` replace config fields."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     config = AutoConfig.for_model(family, **{**_CONFIGS[family](), **overrides})

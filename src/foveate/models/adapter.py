@@ -3,7 +3,7 @@
 Adapters are stateless; a family is mostly class attributes, and code only where its layout of
 visual tokens needs some. See docs/adapters.md for one in ten lines.
 
-Legend: N_i tokens of visual item i as the language model sees them, C channels, T planes of an item.
+Legend: N_i tokens of visual item i as the language model sees them, C channels, T planes.
 """
 
 from __future__ import annotations

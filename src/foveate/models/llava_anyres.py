@@ -122,8 +122,8 @@ class LlavaNextAdapter(LlavaAdapter):
         strategy = self._option(model, arguments, "vision_feature_select_strategy")
         if kept_prefix(tower, strategy):
             raise UnsupportedModelError(
-                f"{self.docs_name} packs tiles of patches only, but its encoder's [CLS] token stays "
-                'in the features; set vision_feature_select_strategy="default".'
+                f"{self.docs_name} packs tiles of patches only, but its encoder's [CLS] token "
+                'stays in the features; set vision_feature_select_strategy="default".'
             )
         return patch_grid(tower, self._pixel_values(modality, arguments))
 

@@ -1,4 +1,4 @@
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: packed patches of native resolution, 2 x 2 merged into a token.
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: packed patches, 2 x 2 of them merged into a token.
 
 Legend: P patches of all items of a call, m side of a merged block in patches.
 """

@@ -92,8 +92,8 @@ def register_adapter(
         for model_type in model_types:
             if model_type in taken:
                 raise ValueError(
-                    f"model_type {model_type!r} is served by the family {taken[model_type]!r}; pass "
-                    "clobber=True to take it over."
+                    f"model_type {model_type!r} is served by the family {taken[model_type]!r}; "
+                    "pass clobber=True to take it over."
                 )
     _ADAPTERS.pop(family, None)
     _ADAPTERS[family] = AdapterEntry(target, model_types)
@@ -128,8 +128,8 @@ def adapter_for(model: Any) -> Adapter | EncoderAdapter:
     if entry is None:
         raise UnknownModelError(
             f"foveate has no adapter for {type(model).__name__} (model_type {model_type!r}). "
-            f"Families with one: {', '.join(sorted(_ADAPTERS))}. To add a family, see docs/adapters.md, "
-            '"Write an adapter in ten lines".'
+            f"Families with one: {', '.join(sorted(_ADAPTERS))}. To add a family, see "
+            'docs/adapters.md, "Write an adapter in ten lines".'
         )
     return _resolve(entry.target)()
 

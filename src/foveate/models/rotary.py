@@ -55,12 +55,13 @@ def project_text_qk(
         (torch.Size([1, 2, 3, 4]), torch.Size([1, 1, 3, 4]))
     """
     cos, sin = (_merge_sections(part, attention)[:, None] for part in position_embeddings)
+    head_dim: Any = attention.head_dim
 
     def project(raw: Tensor, norm: Any) -> Tensor:
-        x_BNHD = raw.unflatten(-1, (-1, attention.head_dim))
+        x_BNHD = raw.unflatten(-1, (-1, head_dim))
         if norm is not None:
             # Qwen3 normalises each head, OLMo and others the whole row: the weight's size tells.
-            per_head = norm.weight.numel() == attention.head_dim
+            per_head = norm.weight.numel() == head_dim
             x_BNHD = norm(x_BNHD) if per_head else norm(raw).view_as(x_BNHD)
         return rotate(x_BNHD.transpose(1, 2), cos, sin)
 

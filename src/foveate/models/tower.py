@@ -296,7 +296,7 @@ def _feature_block(layer: int | list[int] | tuple[int, ...], depth: int) -> int:
     block = max(index % (depth + 1) for index in layers) - 1
     if block < 0:
         raise UnsupportedModelError(
-            "vision_feature_layer 0 takes the patch embeddings as features; foveate needs the output "
-            "of a block."
+            "vision_feature_layer 0 takes the patch embeddings as features; foveate needs the "
+            "output of a block."
         )
     return block
