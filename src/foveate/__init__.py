@@ -1,4 +1,87 @@
-"""Remove redundant visual tokens from vision transformers and multimodal LLMs."""
+"""Remove redundant visual tokens from vision transformers and multimodal LLMs.
+
+Example:
+    >>> import foveate
+    >>> with foveate.reduce(model, "holitom", retain=0.15) as run:      # doctest: +SKIP
+    ...     out = model.generate(**inputs)
+    >>> print(run.report)                                               # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from foveate.attach import Attachment, reduce
+    from foveate.core import (
+        Budget,
+        Card,
+        Grid,
+        Method,
+        Recipe,
+        Reduction,
+        Report,
+        Tokens,
+        get_method,
+        list_methods,
+        register_method,
+    )
+    from foveate.errors import FoveateError
+    from foveate.models.registry import list_families, register_adapter
+    from foveate.video import Clip
 
 __version__ = "0.1.0"
-__all__ = ["__version__"]
+
+# Resolved at first use: `import foveate` loads neither torch nor transformers.
+_LAZY = {
+    "Attachment": "foveate.attach",
+    "Budget": "foveate.core",
+    "Card": "foveate.core",
+    "Clip": "foveate.video",
+    "FoveateError": "foveate.errors",
+    "Grid": "foveate.core",
+    "Method": "foveate.core",
+    "Recipe": "foveate.core",
+    "Reduction": "foveate.core",
+    "Report": "foveate.core",
+    "Tokens": "foveate.core",
+    "get_method": "foveate.core",
+    "list_families": "foveate.models.registry",
+    "list_methods": "foveate.core",
+    "reduce": "foveate.attach",
+    "register_adapter": "foveate.models.registry",
+    "register_method": "foveate.core",
+}
+
+__all__ = [
+    "Attachment",
+    "Budget",
+    "Card",
+    "Clip",
+    "FoveateError",
+    "Grid",
+    "Method",
+    "Recipe",
+    "Reduction",
+    "Report",
+    "Tokens",
+    "__version__",
+    "get_method",
+    "list_families",
+    "list_methods",
+    "reduce",
+    "register_adapter",
+    "register_method",
+]
+
+
+def __getattr__(name: str) -> Any:
+    module = _LAZY.get(name)
+    if module is None:
+        raise AttributeError(f"module 'foveate' has no attribute {name!r}")
+    return getattr(importlib.import_module(module), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

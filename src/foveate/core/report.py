@@ -80,6 +80,7 @@ class Report:
         budget: the budget as text.
         stages: one entry per method, stage and layer that removed tokens.
         items: one entry per image or video.
+        prompt_lengths: tokens of each sample that entered the language model, text included.
         layer_lengths: tokens per decoder layer during prefill, per sample: [sample][layer].
         cache_lengths: keys per decoder layer after prefill, per sample: [sample][layer].
         flops: {"untouched": {...}, "reduced": {...}} by part; see docs/flops.md for the rule.
@@ -92,6 +93,7 @@ class Report:
     budget: str = ""
     stages: list[StageReport] = field(default_factory=list)
     items: list[ItemReport] = field(default_factory=list)
+    prompt_lengths: list[int] = field(default_factory=list)
     layer_lengths: list[list[int]] = field(default_factory=list)
     cache_lengths: list[list[int]] = field(default_factory=list)
     flops: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -143,6 +145,7 @@ class Report:
                 }
                 for item in self.items
             ],
+            "prompt_lengths": self.prompt_lengths,
             "layer_lengths": self.layer_lengths,
             "cache_lengths": self.cache_lengths,
             "flops": self.flops,

@@ -1,0 +1,182 @@
+"""Cache layers that know how many tokens they stand for and which of their slots are real.
+
+The state that outlives a forward call lives here and not in hooks, so that beam search, several
+sequences and second turns work: the cache object carries it.
+
+Legend: B batch, G key heads, T cached slots, Q new slots, d head channels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
+
+from foveate.errors import AttachmentError
+
+
+class ReducedLayer(DynamicLayer):
+    """A dynamic cache layer whose physical length is shorter than the text it has read.
+
+    `get_seq_length` keeps counting the tokens of the unreduced prompt, because generation slices
+    inputs and numbers positions with it; `length` is what attention really sees.
+
+    Attributes:
+        valid_BT: bool [B, T], False for padding slots; None when all are real.
+        seen: tokens read so far, counted before any reduction.
+        shift_B: int64 [B], how far positions moved down when the prompt was renumbered; None: 0.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.valid_BT: torch.Tensor | None = None
+        self.seen = 0
+        self.shift_B: torch.Tensor | None = None
+        self._expected: tuple[torch.Tensor | None, int] | None = None
+
+    @property
+    def length(self) -> int:
+        """Slots that attention sees."""
+        if not self.is_initialized or self.keys is None or self.keys.numel() == 0:
+            return 0
+        return self.keys.shape[-2]
+
+    def expect(self, valid_BQ: torch.Tensor | None, num_tokens: int) -> None:
+        """Announce the next update: validity of the new slots, and tokens they stand for."""
+        self._expected = (valid_BQ, num_tokens)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        num_new = key_states.shape[-2]
+        valid_BQ, num_tokens = self._expected or (None, num_new)
+        self._expected = None
+        self.valid_BT = join_valid(
+            self.valid_BT, self.length, valid_BQ, num_new, key_states.shape[0], key_states.device
+        )
+        self.seen += num_tokens
+        return super().update(key_states, value_states, *args, **kwargs)
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def keep(self, index_BK: torch.Tensor, valid_BK: torch.Tensor | None) -> None:
+        """Keep the slots `index_BK` (in that order); `valid_BK` marks the real ones."""
+        index = index_BK[:, None, :, None].expand(
+            -1, self.keys.shape[1], -1, self.keys.shape[-1]
+        )
+        self.keys = self.keys.gather(2, index)
+        self.values = self.values.gather(2, index[..., :1].expand(-1, -1, -1, self.values.shape[-1]))
+        self.valid_BT = valid_BK
+
+    def reset(self) -> None:
+        super().reset()
+        self.valid_BT = self.shift_B = self._expected = None
+        self.seen = 0
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._reindex(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        for name in ("valid_BT", "shift_B"):
+            value = getattr(self, name)
+            if value is not None:
+                setattr(self, name, value.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._reindex(indices)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        # Generated tokens are never reduced, so removing from the end is the same count in slots
+        # and in tokens. Older releases pass the final length as a positive number instead.
+        remove = -tokens_to_remove if tokens_to_remove < 0 else self.seen - tokens_to_remove
+        if tokens_to_remove == 0 or remove <= 0 or not self.is_initialized:
+            return
+        self.keys = self.keys[..., :-remove, :]
+        self.values = self.values[..., :-remove, :]
+        if self.valid_BT is not None:
+            self.valid_BT = self.valid_BT[:, :-remove]
+        self.seen -= remove
+
+    def _reindex(self, index: torch.Tensor) -> None:
+        for name in ("valid_BT", "shift_B"):
+            value = getattr(self, name)
+            if value is not None:
+                setattr(self, name, value[index.to(value.device)])
+
+
+def join_valid(
+    past_BT: torch.Tensor | None,
+    num_past: int,
+    new_BQ: torch.Tensor | None,
+    num_new: int,
+    batch: int,
+    device: torch.device,
+) -> torch.Tensor | None:
+    """Validity of past and new slots together, bool [B, T + Q]; None when all are real."""
+    if past_BT is None and new_BQ is None:
+        return None
+    if past_BT is None:
+        past_BT = torch.ones(batch, num_past, dtype=torch.bool, device=device)
+    if new_BQ is None:
+        new_BQ = torch.ones(batch, num_new, dtype=torch.bool, device=device)
+    return torch.cat([past_BT, new_BQ], dim=1)
+
+
+def is_managed(cache: Cache | None) -> bool:
+    """Whether the cache already carries reduced layers."""
+    return cache is not None and any(isinstance(layer, ReducedLayer) for layer in cache.layers)
+
+
+def adopt(
+    cache: Cache | None, config: Any, num_layers: int, attention_mask: torch.Tensor | None
+) -> Cache:
+    """Give a cache reduced layers, keeping what it holds; None makes a new one.
+
+    Raises:
+        AttachmentError: the cache is static, quantised or slides: its slots cannot be removed.
+    """
+    if cache is None:
+        cache = DynamicCache(config=config)
+    if is_managed(cache):
+        return cache
+    refuse_unsupported(cache)
+    layers: list[ReducedLayer] = []
+    for index in range(num_layers):
+        layer = ReducedLayer()
+        old = cache.layers[index] if index < len(cache.layers) else None
+        if old is not None and old.is_initialized and old.keys.numel():
+            past = old.keys.shape[-2]
+            valid = None if attention_mask is None else attention_mask[:, :past].bool()
+            layer.expect(None if valid is None or bool(valid.all()) else valid, past)
+            layer.update(old.keys, old.values)
+        layers.append(layer)
+    cache.layers = layers
+    cache.layer_class_to_replicate = None
+    return cache
+
+
+def refuse_unsupported(cache: Cache) -> None:
+    """Raise when a cache cannot hold layers of different lengths.
+
+    A static cache would attend to the zero keys in the slots that pruned layers never wrote,
+    without any error; a sliding window would count slots instead of positions.
+    """
+    for layer in cache.layers:
+        if isinstance(layer, StaticLayer):
+            raise AttachmentError(
+                "A static cache cannot be reduced: pruned layers would leave slots that are "
+                'attended to as zeros. Use the default dynamic cache (drop cache_implementation="static").'
+            )
+        if type(layer) is not DynamicLayer:
+            raise AttachmentError(
+                f"Cache layers of type {type(layer).__name__} cannot be reduced; "
+                "use the default dynamic cache."
+            )

@@ -1,0 +1,472 @@
+"""Visual tokens leave the language model: at its entry, before a layer, or from a layer's cache.
+
+One forward call of the language model is a `DecoderCall`. It lives for that call only; what later
+calls need (validity of slots, tokens read, position shift) is stored in the cache layers.
+
+Legend: B batch, L padded length, N visual tokens of a sample, S all tokens of a sample, D channels,
+P rows of position ids (1, or 3-4 with M-RoPE).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+
+from foveate.attach.cache import ReducedLayer
+from foveate.attach.masks import MaskMaker
+from foveate.attach.sequence import (
+    Layout,
+    Sequence,
+    VisualItem,
+    VisualRows,
+    gather_columns,
+)
+from foveate.core import (
+    AttentionView,
+    Budget,
+    CacheContext,
+    DecoderContext,
+    Method,
+    Reduction,
+    Report,
+    StageReport,
+    Tokens,
+)
+from foveate.models.rotary import project_text_qk
+
+
+@dataclass(eq=False)
+class LayerAttention:
+    """What is needed to recompute any attention row of a layer that has run.
+
+    Attributes:
+        module: the attention module.
+        q_raw, k_raw: outputs of its projections, [B, L, H * d] and [B, L, G * d].
+        position_embeddings: (cos, sin) of its tokens.
+        past: keys that earlier calls left and their validity, or None.
+        rows: per sample, the valid columns of that layer, int64 [S].
+        ids: per sample, the stable numbers of those tokens.
+        visual: per sample, the visual columns of that layer.
+    """
+
+    module: nn.Module
+    q_raw: torch.Tensor
+    k_raw: torch.Tensor
+    position_embeddings: tuple[torch.Tensor, torch.Tensor]
+    past: tuple[torch.Tensor, torch.Tensor | None] | None
+    rows: list[torch.Tensor]
+    ids: list[torch.Tensor]
+    visual: list[torch.Tensor]
+
+    def view(self, sample: int) -> AttentionView:
+        rows_S = self.rows[sample]
+        cos, sin = (_take(part, sample, rows_S) for part in self.position_embeddings)
+        q_BHSd, k_BGSd = project_text_qk(
+            self.module,
+            self.q_raw[sample : sample + 1, rows_S],
+            self.k_raw[sample : sample + 1, rows_S],
+            (cos, sin),
+        )
+        assert k_BGSd is not None
+        if self.past is not None:
+            keys, valid = self.past
+            past_BGTd = keys[sample : sample + 1]
+            if valid is not None:
+                past_BGTd = past_BGTd[:, :, valid[sample]]
+            k_BGSd = torch.cat([past_BGTd, k_BGSd], dim=2)
+        scale = float(getattr(self.module, "scaling", q_BHSd.shape[-1] ** -0.5))
+        return AttentionView(
+            q_BHSd, k_BGSd, scale, torch.searchsorted(rows_S, self.visual[sample])
+        )
+
+
+@dataclass(eq=False)
+class StepPlan:
+    """One method in the decoder or at the cache: where it acts and with which budget."""
+
+    number: int
+    method: Method
+    layers: frozenset[int]
+    budget: Callable[[int], Budget]
+
+
+@dataclass(eq=False)
+class DecoderCall:
+    """One managed forward call of the language model.
+
+    Attributes:
+        sequence: columns of the hidden states at the present layer.
+        items: visual items of the call, per sample.
+        num_tokens: tokens of the call before any reduction, [B] padded length.
+        masks: makes and shares attention masks.
+        cache: the cache, or None when nothing is cached.
+        position_embeddings: (cos, sin) of the present columns once layer 0 has been entered.
+        decoder_steps, cache_steps: methods that act in this call (none while decoding).
+        attention_layers: layers whose attention must be kept.
+        deepstack: per level, per sample features [N, D] that are added behind that layer.
+        mask_only: keep all columns and only mask dropped keys.
+    """
+
+    sequence: Sequence
+    items: list[list[VisualItem]]
+    num_tokens: int
+    masks: MaskMaker
+    cache: Cache | None
+    report: Report
+    seed: int = 0
+    num_layers: int = 1
+    decoder_steps: list[StepPlan] = field(default_factory=list)
+    cache_steps: list[StepPlan] = field(default_factory=list)
+    attention_layers: frozenset[int] = frozenset()
+    deepstack: list[list[torch.Tensor]] = field(default_factory=list)
+    mask_only: bool = False
+    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None
+    captured: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
+    attentions: dict[int, LayerAttention] = field(default_factory=dict)
+    states: dict[tuple[int, int], dict[str, Any]] = field(
+        default_factory=lambda: defaultdict(dict)
+    )
+    num_visual: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.num_visual = [visual.num for visual in self.sequence.visual]
+
+    # -- before a layer -------------------------------------------------------------------------
+
+    def enter_layer(
+        self, layer: int, hidden_BLD: torch.Tensor, kwargs: dict[str, Any]
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Reduce what must be reduced here and give the layer its own mask and positions."""
+        if self.position_embeddings is None:
+            self.position_embeddings = kwargs["position_embeddings"]
+        for step in self.decoder_steps:
+            if layer in step.layers:
+                hidden_BLD = self._reduce(step, layer, hidden_BLD)
+        if self.items:
+            for sample, ids in enumerate(self.sequence.ids):
+                self.report.layer_lengths[sample].append(ids.shape[0])
+        kwargs = dict(kwargs)
+        kwargs["position_embeddings"] = self.position_embeddings
+        # Only flash attention reads it, to guess packed sequences: gaps would look like packing.
+        kwargs["position_ids"] = None
+        past = self._cache_layer(layer)
+        valid_BL = self.sequence.valid_BL
+        kwargs["attention_mask"] = self.masks.make(
+            0 if past is None else past.length,
+            None if past is None else past.valid_BT,
+            hidden_BLD.shape[1],
+            valid_BL,
+        )
+        if past is not None:
+            past.expect(valid_BL, self.num_tokens)
+        if layer in self.attention_layers:
+            self.captured[layer] = {}
+        return hidden_BLD, kwargs
+
+    def _cache_layer(self, layer: int) -> ReducedLayer | None:
+        if self.cache is None:
+            return None
+        found = self.cache.layers[layer]
+        assert isinstance(found, ReducedLayer)
+        return found
+
+    def _reduce(self, step: StepPlan, layer: int, hidden_BLD: torch.Tensor) -> torch.Tensor:
+        begin = time.perf_counter()
+        device = hidden_BLD.device
+        columns, anchors, touched, reductions = [], [], False, {}
+        before = [visual.num for visual in self.sequence.visual]
+        for sample, visual in enumerate(self.sequence.visual):
+            rows_S = self.sequence.rows(sample, device)
+            reduction = self._ask(step, layer, sample, rows_S, hidden_BLD)
+            if reduction is None:
+                columns.append(rows_S)
+                anchors.append(torch.arange(visual.num, device=device))
+                continue
+            touched = True
+            anchor_M, order_M = reduction.anchor_BM[0].to(device).sort()
+            keep_L = torch.zeros(self.sequence.length, dtype=torch.bool, device=device)
+            keep_L[rows_S] = True
+            keep_L[visual.rows_N] = False
+            keep_L[visual.rows_N[anchor_M]] = True
+            columns.append(keep_L.nonzero()[:, 0])
+            anchors.append(anchor_M)
+            if reduction.kind != "select":
+                reductions[sample] = (visual.rows_N[anchor_M], order_M, reduction)
+            for number, item in enumerate(self.items[sample]):
+                mine = visual.item_N[anchor_M] == number
+                item.report.alive[layer] = visual.target_N[anchor_M][mine]
+            self._carry_deepstack(sample, reduction, order_M)
+        if touched:
+            hidden_BLD = self._write_merged(hidden_BLD, reductions)
+            hidden_BLD = self._relayout(hidden_BLD, columns, anchors)
+            after = [visual.num for visual in self.sequence.visual]
+            self.report.stages.append(
+                StageReport("decoder", step.method.name, tuple(before), tuple(after), layer)
+            )
+        spent = self.report.seconds.get("decoder", 0.0)
+        self.report.seconds["decoder"] = spent + time.perf_counter() - begin
+        return hidden_BLD
+
+    def _ask(
+        self,
+        step: StepPlan,
+        layer: int,
+        sample: int,
+        rows_S: torch.Tensor,
+        hidden_BLD: torch.Tensor,
+    ) -> Reduction | None:
+        visual = self.sequence.visual[sample]
+        budget = step.budget(sample)
+        if visual.num == 0 or budget.is_full:
+            return None
+
+        def survivors(earlier: int) -> torch.Tensor:
+            return torch.searchsorted(
+                self.attentions[earlier].ids[sample], self.sequence.ids[sample]
+            )
+
+        context = DecoderContext(
+            budget=budget,
+            method=step.method.name,
+            seed=self.seed,
+            state=self.states[step.number, sample],
+            layer=layer,
+            num_layers=self.num_layers,
+            num_visual=self.num_visual[sample],
+            num_text=rows_S.shape[0] - visual.num,
+            visual_N=torch.searchsorted(rows_S, visual.rows_N),
+            attention=lambda earlier: self.attentions[earlier].view(sample),
+            survivors=survivors,
+        )
+        tokens = Tokens(
+            hidden_BLD[sample : sample + 1, visual.rows_N],
+            position_BN3=visual.position_N3[None],
+            kind_BN=visual.kind_N[None],
+        )
+        with torch.no_grad():
+            reduction = step.method.decoder(tokens, context)
+        if reduction is None or reduction.is_identity:
+            return None
+        return reduction.to(hidden_BLD.device)
+
+    def _write_merged(
+        self,
+        hidden_BLD: torch.Tensor,
+        reductions: dict[int, tuple[torch.Tensor, torch.Tensor, Reduction]],
+    ) -> torch.Tensor:
+        if not reductions:
+            return hidden_BLD
+        merged_BLD = hidden_BLD.clone()
+        for sample, (rows_M, order_M, reduction) in reductions.items():
+            rows_N = self.sequence.visual[sample].rows_N
+            values_BMD = reduction.apply(hidden_BLD[sample : sample + 1, rows_N])
+            merged_BLD[sample, rows_M] = values_BMD[0, order_M]
+        return merged_BLD
+
+    def _relayout(
+        self, hidden_BLD: torch.Tensor, columns: list[torch.Tensor], anchors: list[torch.Tensor]
+    ) -> torch.Tensor:
+        """Keep `columns` of every sample, right-aligned; in mask-only mode just note them."""
+        device = hidden_BLD.device
+        old = self.sequence
+        layout = Layout(columns)
+        length = old.length if self.mask_only else layout.length
+        visual, ids = [], []
+        for sample, columns_S in enumerate(columns):
+            old_rows_S = old.rows(sample, device)
+            ids.append(old.ids[sample][torch.searchsorted(old_rows_S, columns_S)])
+            kept = old.visual[sample]
+            rows_M = kept.rows_N[anchors[sample]]
+            if not self.mask_only:
+                offset = length - columns_S.shape[0]
+                rows_M = torch.searchsorted(columns_S, rows_M) + offset
+            visual.append(kept.take(anchors[sample], rows_M))
+        if self.mask_only:
+            valid_BL = torch.zeros(len(columns), length, dtype=torch.bool, device=device)
+            for sample, columns_S in enumerate(columns):
+                valid_BL[sample, columns_S] = True
+            self.sequence = Sequence(length, valid_BL, visual, ids)
+            return hidden_BLD
+        index_BL = layout.index_BL()
+        assert self.position_embeddings is not None
+        cos, sin = self.position_embeddings
+        self.position_embeddings = (
+            gather_columns(cos, index_BL, cos.dim() - 2),
+            gather_columns(sin, index_BL, sin.dim() - 2),
+        )
+        self.sequence = Sequence(length, layout.valid_BL(), visual, ids)
+        return gather_columns(hidden_BLD, index_BL, 1)
+
+    # -- attention signals ----------------------------------------------------------------------
+
+    def note_projection(self, layer: int, name: str, output: torch.Tensor) -> None:
+        """Keep the output of a query or key projection of a declared layer."""
+        if layer in self.captured:
+            self.captured[layer][name] = output
+
+    def leave_attention(self, layer: int, module: nn.Module) -> None:
+        """A declared layer's attention has run: freeze what its rows need."""
+        captured = self.captured.pop(layer, None)
+        if captured is None:
+            return
+        past = None
+        cached = self._cache_layer(layer)
+        num_new = self.sequence.length
+        if cached is not None and cached.length > num_new:
+            num_past = cached.length - num_new
+            valid = None if cached.valid_BT is None else cached.valid_BT[:, :num_past]
+            past = (cached.keys[:, :, :num_past], valid)
+        assert self.position_embeddings is not None
+        device = captured["q"].device
+        self.attentions[layer] = LayerAttention(
+            module,
+            captured["q"],
+            captured["k"],
+            self.position_embeddings,
+            past,
+            [self.sequence.rows(s, device) for s in range(len(self.sequence.visual))],
+            list(self.sequence.ids),
+            [visual.rows_N for visual in self.sequence.visual],
+        )
+        # Projections of a long prompt are large; adjacent layers are all that methods compare.
+        for old in sorted(self.attentions)[:-2]:
+            del self.attentions[old]
+
+    # -- after a layer --------------------------------------------------------------------------
+
+    def leave_layer(self, layer: int, hidden_BLD: torch.Tensor) -> torch.Tensor:
+        """Add deepstack features and let cache-stage methods thin out this layer's cache."""
+        for step in self.cache_steps:
+            if layer in step.layers:
+                self._reduce_cache(step, layer)
+        cached = self._cache_layer(layer)
+        if cached is not None and self.items:
+            for sample in range(len(self.items)):
+                length = cached.length
+                if cached.valid_BT is not None:
+                    length = int(cached.valid_BT[sample].sum())
+                self.report.cache_lengths[sample].append(length)
+        if layer < len(self.deepstack):
+            hidden_BLD = self._add_deepstack(layer, hidden_BLD)
+        return hidden_BLD
+
+    def _add_deepstack(self, level: int, hidden_BLD: torch.Tensor) -> torch.Tensor:
+        batch, rows, parts = [], [], []
+        for sample, visual in enumerate(self.sequence.visual):
+            batch.append(torch.full_like(visual.rows_N, sample))
+            rows.append(visual.rows_N)
+            parts.append(self.deepstack[level][sample])
+        index = (torch.cat(batch), torch.cat(rows))
+        out_BLD = hidden_BLD.clone()
+        out_BLD[index] = hidden_BLD[index] + torch.cat(parts).to(hidden_BLD)
+        return out_BLD
+
+    def _carry_deepstack(self, sample: int, reduction: Reduction, order_M: torch.Tensor) -> None:
+        for level in self.deepstack:
+            level[sample] = reduction.apply(level[sample][None])[0, order_M]
+
+    # -- the cache stage ------------------------------------------------------------------------
+
+    def _reduce_cache(self, step: StepPlan, layer: int) -> None:
+        cached = self._cache_layer(layer)
+        if cached is None:
+            return
+        begin = time.perf_counter()
+        device = cached.keys.device
+        num_past = cached.length - self.sequence.length
+        keep_all = []
+        before, after, touched = [], [], False
+        for sample, visual in enumerate(self.sequence.visual):
+            keep_T = torch.ones(cached.length, dtype=torch.bool, device=device)
+            if cached.valid_BT is not None:
+                keep_T &= cached.valid_BT[sample]
+            reduction = self._ask_cache(step, layer, sample, cached, num_past)
+            before.append(visual.num)
+            after.append(visual.num)
+            if reduction is not None:
+                touched = True
+                slots_N = visual.rows_N + num_past
+                slots_M = slots_N[reduction.anchor_BM[0]]
+                if reduction.kind != "select":
+                    for name in ("keys", "values"):
+                        store = getattr(cached, name)
+                        visual_1NGd = store[sample : sample + 1, :, slots_N].transpose(1, 2)
+                        store[sample, :, slots_M] = reduction.apply(visual_1NGd)[0].transpose(0, 1)
+                keep_T[slots_N] = False
+                keep_T[slots_M] = True
+                after[-1] = slots_M.shape[0]
+            keep_all.append(keep_T)
+        if touched:
+            if self.mask_only:
+                cached.valid_BT = torch.stack(keep_all)
+            else:
+                layout = Layout([keep_T.nonzero()[:, 0] for keep_T in keep_all])
+                cached.keep(layout.index_BL(), layout.valid_BL())
+            self.report.stages.append(
+                StageReport("cache", step.method.name, tuple(before), tuple(after), layer)
+            )
+        spent = self.report.seconds.get("cache", 0.0)
+        self.report.seconds["cache"] = spent + time.perf_counter() - begin
+
+    def _ask_cache(
+        self, step: StepPlan, layer: int, sample: int, cached: ReducedLayer, num_past: int
+    ) -> Reduction | None:
+        visual = self.sequence.visual[sample]
+        budget = step.budget(sample)
+        if visual.num == 0 or budget.is_full:
+            return None
+        slots_N = visual.rows_N + num_past
+        context = CacheContext(
+            budget=budget,
+            method=step.method.name,
+            seed=self.seed,
+            state=self.states[step.number, sample],
+            layer=layer,
+            num_layers=self.num_layers,
+            position_N3=visual.position_N3,
+            item_N=visual.item_N,
+        )
+        with torch.no_grad():
+            reduction = step.method.cache(
+                cached.keys[sample : sample + 1, :, slots_N],
+                cached.values[sample : sample + 1, :, slots_N],
+                context,
+            )
+        if reduction is None or reduction.is_identity:
+            return None
+        return reduction.to(cached.keys.device)
+
+
+def visual_rows(
+    rows: list[torch.Tensor],
+    targets: list[torch.Tensor],
+    positions: list[torch.Tensor],
+    kinds: list[torch.Tensor],
+    device: torch.device,
+) -> VisualRows:
+    """One sample's visual tokens from the rows, targets, positions and kinds of its items."""
+    if not rows:
+        empty = torch.empty(0, dtype=torch.long, device=device)
+        return VisualRows(empty, empty, empty, empty.new_empty(0, 3), empty)
+    item = torch.cat([torch.full_like(r, i) for i, r in enumerate(rows)])
+    rows_N, order = torch.cat(rows).sort()
+    return VisualRows(
+        rows_N,
+        item[order],
+        torch.cat(targets)[order],
+        torch.cat(positions)[order],
+        torch.cat(kinds)[order],
+    )
+
+
+def _take(part: torch.Tensor, sample: int, rows_S: torch.Tensor) -> torch.Tensor:
+    """(cos or sin) [.., B or 1, L, d] of one sample's rows, [.., 1, S, d]."""
+    row = sample if part.shape[-3] > 1 else 0
+    return part[..., row : row + 1, rows_S, :]

@@ -1,0 +1,281 @@
+"""The encoder stage: shorter sequences between and inside the blocks of a vision encoder.
+
+A block computes x = x + attention(...), then x = x + mlp(norm(x)). To shorten the sequence between
+the two with hooks alone, the norm gets the shorter x, the MLP branch hands zeros to the residual
+addition, and the block's output is replaced by (shorter x) + (its MLP output).
+
+Legend: B images of a call, N tokens of one of them, M tokens left, D channels.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from foveate.attach.features import TowerTap
+from foveate.core import Budget, EncoderContext, Method, Reduction, Tokens
+from foveate.errors import AttachmentError
+from foveate.models.tower import VisionTower
+
+
+@dataclass(eq=False)
+class EncoderRun:
+    """One forward call of an encoder.
+
+    Attributes:
+        tokens: the sequence after the last reduction (features of that moment); None before any.
+        reduction: from the encoder's tokens to the present ones, prefix included; None: untouched.
+        lengths: tokens per image that the MLP of each block saw.
+        attention_lengths: tokens per image that the attention of each block saw.
+        state: scratch of each method.
+        captured: query and key projections of the running block.
+        stash: shortened stream and its MLP output, waiting for the end of the block.
+        seconds: host time spent in methods.
+        restored: the sequence has been brought back to full length.
+    """
+
+    num_images: int = 0
+    num_tokens: int = 0
+    tokens: Tokens | None = None
+    reduction: Reduction | None = None
+    lengths: list[int] = field(default_factory=list)
+    attention_lengths: list[int] = field(default_factory=list)
+    state: dict[int, dict[str, Any]] = field(default_factory=dict)
+    captured: tuple[torch.Tensor, torch.Tensor] | None = None
+    stash: list[torch.Tensor] = field(default_factory=list)
+    seconds: float = 0.0
+    restored: bool = False
+
+
+class EncoderStage:
+    """Encoder-stage methods on one tower.
+
+    Args:
+        tower: where to hook.
+        steps: (step number, method) in order.
+        budget: gives the budget of a step for the present call.
+        restore: bring the sequence back to full length after the feature block, so that a
+            projector that expects the full grid works; a bare encoder may leave it short.
+        finished: called with the run when the encoder is done.
+    """
+
+    def __init__(
+        self,
+        tower: VisionTower,
+        steps: list[tuple[int, Method]],
+        budget: Callable[[int], Budget],
+        restore: bool,
+        finished: Callable[[EncoderRun], None],
+    ) -> None:
+        if tower.packed:
+            names = ", ".join(method.name for _, method in steps)
+            raise AttachmentError(
+                f"{names} acts inside the encoder, but this encoder packs all images into one row "
+                "with windows and rotary positions; encoder-stage methods need one sequence per "
+                'image. Use the projector or decoder stage here, e.g. "divprune".'
+            )
+        self.tower = tower
+        self.steps = steps
+        self.budget = budget
+        self.restore = restore
+        self.finished = finished
+        self._local = threading.local()
+
+    @property
+    def run(self) -> EncoderRun | None:
+        """The running call in this thread."""
+        return getattr(self._local, "run", None)
+
+    def unmerge_scores(self, score_BP: torch.Tensor) -> torch.Tensor:
+        """Scores of the present patches as scores of all patches, [B, P'] -> [B, P]."""
+        run = self.run
+        if run is None or run.reduction is None or run.restored:
+            return score_BP
+        prefix = self.tower.num_prefix
+        padded = torch.nn.functional.pad(score_BP, (prefix, 0))
+        return run.reduction.restore(padded)[:, prefix:]
+
+    # -- hooks ----------------------------------------------------------------------------------
+
+    def install(self) -> list[Any]:
+        """Register all hooks; returns their handles."""
+        tower = self.tower
+        handles: list[Any] = [
+            tower.module.register_forward_pre_hook(self._start),
+            tower.module.register_forward_hook(self._finish, always_call=True),
+        ]
+        for index, block in enumerate(tower.blocks):
+            handles.append(
+                block.register_forward_pre_hook(self._before_block(index), with_kwargs=True)
+            )
+            handles += TowerTap(tower, index, self._on_attention(index)).handles
+            handles.append(
+                tower.mlp_inputs[index].register_forward_pre_hook(self._before_mlp(index))
+            )
+            handles.append(tower.mlp_outputs[index].register_forward_hook(self._after_mlp))
+            # Ahead of the hooks with which transformers records hidden states.
+            handles.append(block.register_forward_hook(self._after_block(index), prepend=True))
+        return handles
+
+    def _start(self, module: nn.Module, args: tuple) -> None:
+        active = any(not self.budget(index).is_full for index, _ in self.steps)
+        self._local.run = EncoderRun() if active else None
+
+    def _finish(self, module: nn.Module, args: tuple, output: Any) -> None:
+        run, self._local.run = self.run, None
+        if run is not None and run.lengths:
+            self.finished(run)
+
+    def _before_block(self, index: int) -> Callable:
+        accepted = inspect.signature(self.tower.blocks[index].forward).parameters
+        position = list(accepted).index("attention_mask") if "attention_mask" in accepted else None
+
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+            run = self.run
+            if run is None:
+                return None
+            x_BND = args[0] if args else kwargs["hidden_states"]
+            if not run.lengths:
+                run.num_images, run.num_tokens = x_BND.shape[:2]
+            x_BND, changed = self._reduce_at("block_start", index, x_BND)
+            run.attention_lengths.append(x_BND.shape[1])
+            bias = self._size_bias(x_BND)
+            if bias is None and not changed:
+                return None
+            args = (x_BND, *args[1:]) if args else args
+            kwargs = dict(kwargs) if args else {**kwargs, "hidden_states": x_BND}
+            if bias is not None:
+                if position is None:
+                    raise AttachmentError(
+                        f"{type(module).__name__} takes no attention mask in this release of "
+                        "transformers, so merged tokens cannot weigh more in attention: upgrade "
+                        "transformers or pass prop_attn=False."
+                    )
+                if position < len(args):
+                    _refuse_mask(args[position])
+                    args = (*args[:position], bias, *args[position + 1 :])
+                else:
+                    _refuse_mask(kwargs.get("attention_mask"))
+                    kwargs["attention_mask"] = bias
+            return args, kwargs
+
+        return hook
+
+    def _on_attention(self, index: int) -> Callable:
+        def observe(captured: dict[str, torch.Tensor], kwargs: dict[str, Any]) -> None:
+            if self.run is not None:
+                self.run.captured = self.tower.assemble_qk(index, captured, kwargs)
+
+        return observe
+
+    def _before_mlp(self, index: int) -> Callable:
+        def hook(module: nn.Module, args: tuple) -> Any:
+            run = self.run
+            if run is None:
+                return None
+            x_BND, changed = self._reduce_at("after_attention", index, args[0])
+            run.lengths.append(x_BND.shape[1])
+            if not changed:
+                return None
+            run.stash = [x_BND]
+            return (x_BND, *args[1:])
+
+        return hook
+
+    def _after_mlp(self, module: nn.Module, args: tuple, output: torch.Tensor) -> Any:
+        run = self.run
+        if run is None or not run.stash:
+            return None
+        run.stash.append(output)
+        # The block adds this to a stream that is still long; its sum is thrown away.
+        return output.new_zeros(1, 1, 1)
+
+    def _after_block(self, index: int) -> Callable:
+        def hook(module: nn.Module, args: tuple, output: Any) -> Any:
+            run = self.run
+            if run is None:
+                return None
+            y_BND = output[0] if isinstance(output, tuple) else output
+            changed = bool(run.stash)
+            if changed:
+                x_BMD, mlp_BMD = run.stash
+                gain = self.tower.mlp_gain(index)
+                y_BND = x_BMD + (mlp_BMD if gain is None else gain * mlp_BMD)
+                run.stash = []
+            y_BND, shorter = self._reduce_at("block_end", index, y_BND)
+            changed |= shorter
+            if self.restore and index == self.tower.feature_block and run.reduction is not None:
+                y_BND, changed = run.reduction.restore(y_BND), True
+                run.restored = True
+            if not changed:
+                return None
+            return (y_BND, *output[1:]) if isinstance(output, tuple) else y_BND
+
+        return hook
+
+    # -- reducing -------------------------------------------------------------------------------
+
+    def _reduce_at(
+        self, point: str, index: int, x_BND: torch.Tensor
+    ) -> tuple[torch.Tensor, bool]:
+        run = self.run
+        assert run is not None
+        changed = False
+        if run.restored or index > self.tower.feature_block:
+            return x_BND, changed
+        for number, method in self.steps:
+            budget = self.budget(number)
+            if method.encoder_point != point or budget.is_full:
+                continue
+            begin = time.perf_counter()
+            queries, keys = run.captured if run.captured is not None else (None, None)
+            context = EncoderContext(
+                budget=budget,
+                method=method.name,
+                state=run.state.setdefault(number, {}),
+                layer=index,
+                num_layers=self.tower.feature_block + 1,
+                num_prefix=self.tower.num_prefix,
+                keys_BHNd=keys,
+                queries_BHNd=queries,
+            )
+            tokens = Tokens(x_BND) if run.tokens is None else _with_features(run.tokens, x_BND)
+            with torch.no_grad():
+                reduction = method.encoder(tokens, context)
+            if reduction is not None and not (
+                reduction.kind == "select" and reduction.num_out == tokens.num_tokens
+            ):
+                run.tokens = tokens.reduce(reduction)
+                x_BND, changed = run.tokens.x_BND, True
+                run.reduction = run.tokens.reduction
+            run.seconds += time.perf_counter() - begin
+        if changed:
+            run.captured = None
+        return x_BND, changed
+
+    def _size_bias(self, x_BND: torch.Tensor) -> torch.Tensor | None:
+        run = self.run
+        assert run is not None
+        proportional = any(getattr(method, "proportional_attention", False) for _, method in self.steps)
+        if not proportional or run.restored or run.tokens is None or run.tokens.size_BN is None:
+            return None
+        return run.tokens.size_BN.log()[:, None, None].to(x_BND.dtype)
+
+
+def _with_features(tokens: Tokens, x_BND: torch.Tensor) -> Tokens:
+    return Tokens(x_BND, size_BN=tokens.size_BN, extra=tokens.extra, reduction=tokens.reduction)
+
+
+def _refuse_mask(mask: torch.Tensor | None) -> None:
+    if mask is not None:
+        raise AttachmentError(
+            "These images carry a padding mask inside the encoder; encoder-stage methods need "
+            "images without padding. Resize them to one shape, or use a projector-stage method."
+        )

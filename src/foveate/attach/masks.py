@@ -1,0 +1,78 @@
+"""Attention masks for layers whose key lengths differ.
+
+Legend: B batch, T keys, Q queries.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.masking_utils import create_causal_mask
+
+from foveate.attach.cache import join_valid
+
+
+class _Sizes:
+    """Stands in for a cache when a mask is sized: physical lengths, where the cache counts tokens."""
+
+    is_compileable = False
+    is_sliding = (False,)
+    layers = ()
+
+    def __init__(self, num_past: int) -> None:
+        self.num_past = num_past
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return self.num_past + query_length, 0
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return self.num_past
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.num_past
+
+
+class MaskMaker:
+    """Builds one mask per distinct pair of past and new validity, shared by all such layers.
+
+    None is returned only where the kernel's own causal form is right: never when several queries
+    meet a longer past, where fused kernels would silently cut the keys.
+    """
+
+    def __init__(self, config: Any, batch: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.config = config
+        self.batch = batch
+        self.dtype = dtype
+        self.device = device
+        self._made: dict[tuple, torch.Tensor | None] = {}
+        self._alive: list[torch.Tensor | None] = []
+
+    def make(
+        self,
+        num_past: int,
+        past_BT: torch.Tensor | None,
+        num_new: int,
+        new_BQ: torch.Tensor | None,
+    ) -> torch.Tensor | None:
+        """The mask in the form that the model's attention implementation reads."""
+        key = (num_past, num_new, *(_fingerprint(v) for v in (past_BT, new_BQ)))
+        if key not in self._made:
+            valid = join_valid(past_BT, num_past, new_BQ, num_new, self.batch, self.device)
+            shape_only = torch.empty(
+                self.batch, num_new, 0, dtype=self.dtype, device=self.device
+            )
+            self._made[key] = create_causal_mask(
+                config=self.config,
+                inputs_embeds=shape_only,
+                attention_mask=valid,
+                past_key_values=_Sizes(num_past),  # pyright: ignore[reportArgumentType]
+                layer_idx=0,
+            )
+            # Fingerprints are addresses: the tensors must outlive them.
+            self._alive += [past_BT, new_BQ]
+        return self._made[key]
+
+
+def _fingerprint(valid: torch.Tensor | None) -> tuple | None:
+    return None if valid is None else (valid.data_ptr(), valid.storage_offset(), *valid.shape)

@@ -1,0 +1,337 @@
+"""The language model's entry: find the visual tokens of a prompt, reduce them, lay out the rest.
+
+Legend: B batch, L padded length, N tokens of a visual item, D channels, P rows of position ids.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from foveate.attach.decoder import visual_rows
+from foveate.attach.features import FeatureRecord
+from foveate.attach.sequence import (
+    Layout,
+    Sequence,
+    Splice,
+    VisualItem,
+    VisualRows,
+    compact_positions,
+    gather_columns,
+    reduce_item_rows,
+)
+from foveate.core import (
+    Budget,
+    Grid,
+    ItemReport,
+    Method,
+    ProjectorContext,
+    Reduction,
+    Report,
+    StageReport,
+    Tokens,
+)
+from foveate.errors import AttachmentError
+
+
+def find_items(
+    placeholders: Mapping[str, torch.Tensor], records: Mapping[str, FeatureRecord], report: Report
+) -> list[list[VisualItem]]:
+    """The visual items of every sample, in prompt order.
+
+    Args:
+        placeholders: modality -> bool [B, L], where its tokens are.
+        records: what the feature methods reported, by modality. Beam search repeats each sample's
+            items, so a record may describe 1/k of the batch.
+
+    Raises:
+        AttachmentError: placeholders and features do not match.
+    """
+    batch = next(iter(placeholders.values())).shape[0]
+    samples: list[list[VisualItem]] = [[] for _ in range(batch)]
+    for modality, mask_BL in placeholders.items():
+        record = records.get(modality)
+        rows_per_sample = [mask_BL[sample].nonzero()[:, 0] for sample in range(batch)]
+        total = sum(rows.shape[0] for rows in rows_per_sample)
+        if total == 0:
+            continue
+        if record is None:
+            raise AttachmentError(
+                f"The prompt has {total} {modality} tokens, but their features were not computed "
+                "inside this attachment, so their layout is unknown. Call the model's feature "
+                "method or generate() inside it instead of passing features made elsewhere."
+            )
+        described = sum(grid.num_tokens for grid in record.grids)
+        if described == 0 or total % described or batch % (total // described):
+            raise AttachmentError(
+                f"The prompt has {total} {modality} tokens, the features {described} "
+                f"(items: {[grid.num_tokens for grid in record.grids]})."
+            )
+        _deal(rows_per_sample, record, total // described, samples)
+    for items in samples:
+        items.sort(key=lambda item: int(item.rows_N[0]))
+        report.items.extend(item.report for item in items)
+    return samples
+
+
+def _deal(
+    rows_per_sample: list[torch.Tensor],
+    record: FeatureRecord,
+    repeats: int,
+    samples: list[list[VisualItem]],
+) -> None:
+    pixels = _shared_pixels(record)
+    start = pointer = 0
+    for sample, rows in enumerate(rows_per_sample):
+        if sample % repeats == 0:
+            start = pointer
+        pointer, offset = start, 0
+        while offset < rows.shape[0]:
+            if pointer >= len(record.grids):
+                raise AttachmentError(
+                    f"Sample {sample} holds more {record.modality} tokens than its features."
+                )
+            grid = record.grids[pointer]
+            mine = rows[offset : offset + grid.num_tokens]
+            if mine.shape[0] != grid.num_tokens:
+                raise AttachmentError(
+                    f"Sample {sample} has room for {mine.shape[0]} of the {grid.num_tokens} tokens "
+                    f"of {record.modality} {pointer}; a prompt must hold whole items (is it "
+                    "prefilled in chunks? That is not supported yet)."
+                )
+            item_report = ItemReport(sample, record.modality, grid)
+            if pixels is not None:
+                item_report.pixels = lambda index=pointer: pixels()[index]
+            signals = {name: parts[pointer] for name, parts in record.signals.items()}
+            samples[sample].append(
+                VisualItem(sample, record.modality, grid, mine, signals, item_report)
+            )
+            offset += grid.num_tokens
+            pointer += 1
+
+
+def _shared_pixels(record: FeatureRecord) -> Callable[[], list[torch.Tensor]] | None:
+    if record.pixels is None:
+        return None
+    made: list[list[torch.Tensor]] = []
+
+    def pixels() -> list[torch.Tensor]:
+        if not made:
+            assert record.pixels is not None
+            made.append(record.pixels())
+        return made[0]
+
+    return pixels
+
+
+@dataclass(eq=False)
+class PromptReducer:
+    """Runs the projector stage of a recipe on all items of a prompt.
+
+    Attributes:
+        steps: (step number, method) in order.
+        budget: (step, sample) -> budget.
+        compact: renumber positions contiguously.
+        text_ids: int64 [B, L] or None, for methods that read the text.
+    """
+
+    steps: list[tuple[int, Method]]
+    budget: Callable[[int, int], Budget]
+    compact: bool
+    seed: int
+    report: Report
+    text_ids: torch.Tensor | None
+
+    def reduce_item(
+        self, item: VisualItem, number: int, x_1ND: torch.Tensor, text: Callable[[str], Any]
+    ) -> Reduction | None:
+        """The composed reduction of one item, None when nothing acts on it."""
+        tokens = Tokens.from_grid(x_1ND, item.grid)
+        for step, method in self.steps:
+            budget = self.budget(step, item.sample)
+            if budget.is_full:
+                continue
+
+            def read(name: str, composed: Reduction | None = tokens.reduction) -> Any:
+                value = item.signals.get(name)
+                if value is None:
+                    return text(name)
+                value = value.to(x_1ND.device)[None]
+                return value if composed is None else composed.gather(value, float("nan"))
+
+            context = ProjectorContext(
+                budget=budget,
+                method=method.name,
+                seed=self.seed + number,
+                grid=_remaining_grid(item.grid, tokens),
+                read=read,
+            )
+            with torch.no_grad():
+                reduction = method.projector(tokens, context)
+            item.report.annotations.update(context.state)
+            if reduction is None or reduction.is_identity:
+                continue
+            tokens = tokens.reduce(reduction.to(x_1ND.device))
+        return tokens.reduction
+
+    def __call__(
+        self,
+        embeds_BLD: torch.Tensor,
+        valid_BL: torch.Tensor | None,
+        position_PBL: torch.Tensor,
+        items: list[list[VisualItem]],
+        deepstack: list[list[torch.Tensor]],
+    ) -> tuple[torch.Tensor, Sequence, torch.Tensor, torch.Tensor | None]:
+        """Reduce all items and lay the prompt out anew.
+
+        Returns:
+            embeddings [B, L', D]; the new sequence; positions [P, B, L']; how far later positions
+            move down per sample, int64 [B], or None.
+        """
+        begin = time.perf_counter()
+        device = embeds_BLD.device
+        batch, length = embeds_BLD.shape[:2]
+        if valid_BL is None:
+            all_rows = [torch.arange(length, device=device)] * batch
+        else:
+            all_rows = [valid_BL[sample].nonzero()[:, 0] for sample in range(batch)]
+        plans = [self._plan(b, all_rows[b], items[b], embeds_BLD, deepstack) for b in range(batch)]
+        self._note_stages(items)
+        spent = self.report.seconds.get("projector", 0.0)
+        if all(plan.unchanged for plan in plans):
+            self.report.seconds["projector"] = spent + time.perf_counter() - begin
+            visual = [plan.visual for plan in plans]
+            ids = [torch.arange(rows.shape[0], device=device) for rows in all_rows]
+            return embeds_BLD, Sequence(length, valid_BL, visual, ids), position_PBL, None
+        layout = Layout([plan.source_S for plan in plans])
+        index_BL, new_valid_BL = layout.index_BL(), layout.valid_BL()
+        out_BLD = gather_columns(embeds_BLD, index_BL, 1)
+        visual = []
+        for sample, plan in enumerate(plans):
+            offset = layout.length - plan.source_S.shape[0]
+            if plan.new_features is not None:
+                # A gather copies whole columns; merged and new features then replace them.
+                out_BLD[sample, plan.new_columns + offset] = plan.new_features
+            rows_N = plan.visual.rows_N + offset
+            visual.append(plan.visual.take(torch.arange(plan.visual.num, device=device), rows_N))
+        shift_B = None
+        if self.compact:
+            position_PBL, shift_B = compact_positions(position_PBL, valid_BL, layout)
+        else:
+            position_PBL = gather_columns(position_PBL, index_BL, 2)
+        if new_valid_BL is not None:
+            out_BLD = out_BLD.masked_fill(~new_valid_BL[..., None], 0.0)
+            position_PBL = position_PBL.where(new_valid_BL[None], 0)
+        ids = [torch.arange(plan.source_S.shape[0], device=device) for plan in plans]
+        self.report.seconds["projector"] = spent + time.perf_counter() - begin
+        return out_BLD, Sequence(layout.length, new_valid_BL, visual, ids), position_PBL, shift_B
+
+    def _plan(
+        self,
+        sample: int,
+        rows_S: torch.Tensor,
+        items: list[VisualItem],
+        embeds_BLD: torch.Tensor,
+        deepstack: list[list[torch.Tensor]],
+    ) -> _SamplePlan:
+        device = embeds_BLD.device
+        is_item_L = torch.zeros(embeds_BLD.shape[1], dtype=torch.bool, device=device)
+        for item in items:
+            is_item_L[item.rows_N] = True
+        text_S = rows_S[~is_item_L[rows_S]]
+        text = self._text_reader(sample, text_S, embeds_BLD)
+        splice = Splice([text_S], [text_S])
+        features: list[torch.Tensor] = []
+        outs: list[tuple[torch.Tensor, ...]] = []
+        level_parts: list[list[torch.Tensor]] = [[] for _ in deepstack]
+        unchanged, offset = True, 0
+        for number, item in enumerate(items):
+            x_1ND = embeds_BLD[sample : sample + 1, item.rows_N]
+            reduction = self.reduce_item(item, number, x_1ND, text)
+            size = item.grid.num_tokens
+            for level, parts in zip(deepstack, level_parts, strict=True):
+                part = level[sample][offset : offset + size]
+                parts.append(part if reduction is None else reduction.apply(part[None])[0])
+            offset += size
+            positions, kinds = item.grid.positions(device), item.grid.kinds(device)
+            if reduction is None:
+                splice.columns.append(item.rows_N)
+                splice.keys.append(item.rows_N)
+                features.append(x_1ND[0])
+                outs.append((torch.arange(size, device=device), positions, kinds))
+                continue
+            unchanged = False
+            item.report.reduction = reduction
+            anchor_rows, keys = reduce_item_rows(item.rows_N, reduction)
+            splice.columns.append(anchor_rows)
+            splice.keys.append(keys)
+            tokens = Tokens.from_grid(x_1ND, item.grid).reduce(reduction)
+            assert tokens.position_BN3 is not None and tokens.kind_BN is not None
+            features.append(tokens.x_BND[0].to(embeds_BLD.dtype))
+            index_M = torch.arange(reduction.num_out, device=device)
+            outs.append((index_M, tokens.position_BN3[0], tokens.kind_BN[0]))
+        order = splice.order()
+        source_S = torch.cat(splice.columns)[order]
+        # Where each output of each item has landed among the sample's new columns.
+        landed = torch.empty_like(order)
+        landed[order] = torch.arange(order.shape[0], device=device)
+        rows, start = [], text_S.shape[0]
+        for out in outs:
+            rows.append(landed[start : start + out[0].shape[0]])
+            start += out[0].shape[0]
+        if unchanged:
+            rows = [item.rows_N for item in items]
+        for level, parts in zip(deepstack, level_parts, strict=True):
+            if parts:
+                # Deepstack features follow their tokens' order in the sequence.
+                level[sample] = torch.cat(parts)[torch.cat(rows).argsort()]
+        visual = visual_rows(
+            rows, [o[0] for o in outs], [o[1] for o in outs], [o[2] for o in outs], device
+        )
+        return _SamplePlan(
+            source_S,
+            visual,
+            torch.cat(rows) if rows else text_S[:0],
+            torch.cat(features) if features else None,
+            unchanged,
+        )
+
+    def _text_reader(
+        self, sample: int, text_S: torch.Tensor, embeds_BLD: torch.Tensor
+    ) -> Callable[[str], torch.Tensor | None]:
+        def read(name: str) -> torch.Tensor | None:
+            if name == "text.embeddings":
+                return embeds_BLD[sample : sample + 1, text_S]
+            if name == "text.tokens" and self.text_ids is not None:
+                return self.text_ids[sample : sample + 1, text_S]
+            return None
+
+        return read
+
+    def _note_stages(self, items: list[list[VisualItem]]) -> None:
+        if not self.steps:
+            return
+        before = tuple(sum(item.grid.num_tokens for item in sample) for sample in items)
+        after = tuple(sum(item.report.after for item in sample) for sample in items)
+        if before != after or any(item.report.reduction for s in items for item in s):
+            names = " + ".join(method.name for _, method in self.steps)
+            self.report.stages.append(StageReport("projector", names, before, after))
+
+
+@dataclass(eq=False)
+class _SamplePlan:
+    source_S: torch.Tensor
+    visual: VisualRows
+    new_columns: torch.Tensor
+    new_features: torch.Tensor | None
+    unchanged: bool
+
+
+def _remaining_grid(grid: Grid, tokens: Tokens) -> Grid:
+    # A second projector method sees a shortened item: no grid describes it, but the positions that
+    # travel with the tokens do. It gets the grid of the whole item and must not assume its length.
+    return grid
