@@ -16,7 +16,7 @@ from torch import Tensor
 from foveate.ops._common import widen
 
 # Logits in one tile of the chunked form. On a CPU 2 MiB of float32 stay in the second-level cache,
-# which is worth a factor of 4 to 10; elsewhere few large kernels are better than many small ones.
+# worth a factor of 2 to 6; elsewhere few large kernels are better than many small ones.
 _TILE_ELEMENTS_CPU = 2**19
 _TILE_ELEMENTS_ACCELERATOR = 2**26
 

@@ -30,8 +30,9 @@ def dpc_knn(
 
     With `d_ij = |x_i - x_j| / sqrt(C)`: density `rho_i = exp(-mean of the k smallest d^2)`, the
     token itself included; `delta_i` is the distance to the nearest denser token (the largest
-    distance of all if there is none); the `num_clusters` largest `rho * delta` are centres, and
-    every other token joins the nearest one. O(N^2 C); no gradient.
+    distance of all if there is none; of equally dense ones the lower index counts as denser); the
+    `num_clusters` largest `rho * delta` are centres, and every other token joins the nearest one.
+    O(N^2 C); no gradient.
 
     Args:
         x_BND: [N, C] or [B, N, C].
