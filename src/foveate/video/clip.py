@@ -5,7 +5,6 @@ Legend: T frames given out; C colour channels (3); H, W pixels in display orient
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator
@@ -18,17 +17,18 @@ from torch import Tensor
 from foveate.errors import (
     DamagedVideoError,
     DamagedVideoWarning,
-    EmptyVideoError,
     FrameRequestError,
     FrameTooLargeError,
 )
 from foveate.video import sampling
-from foveate.video.decode import Decoded, PyAVReader, Reader, Scan
-from foveate.video.frames import Damage, Frames, VideoInfo
-from foveate.video.memory import pixels_from, table_of
+from foveate.video.collect import DecodeLog, stand_ins
+from foveate.video.decode import PyAVReader, Reader
+from foveate.video.facts import file_facts, memory_facts
+from foveate.video.frames import Damage, Frames
+from foveate.video.memory import pixels_from
 from foveate.video.resize import resize
 from foveate.video.source import MediaSource
-from foveate.video.table import PacketTable, plan, suspects
+from foveate.video.table import plan, suspects
 
 Size = tuple[int, int]
 MAX_PIXELS = 64 << 20
@@ -40,8 +40,8 @@ class Clip:
 
     Opening lists the packets (0.4 % of the cost of decoding) and decodes one picture, for its
     rotation. Seconds count from the first frame; frames are numbered by presentation order, never
-    by rate arithmetic, so variable rates, reordering and late starts need no care. Frames are upright
-    (the container's rotation is applied); non-square pixels are not stretched.
+    by rate arithmetic, so variable rates, reordering and late starts need no care. Frames are
+    upright (the container's rotation is applied); non-square pixels are not stretched.
 
     Args:
         source: path, bytes, binary file object (read from its beginning); uint8 tensor [T, 3, H, W]
@@ -78,7 +78,7 @@ class Clip:
         self._pixels_TCHW: Tensor | None = None if reader else pixels_from(source)
         self._reader: Reader | None = reader
         if self._pixels_TCHW is not None:
-            self._table, self.info = _memory_facts(self._pixels_TCHW, 1.0 if fps is None else fps)
+            self._table, self.info = memory_facts(self._pixels_TCHW, 1.0 if fps is None else fps)
             self.name = f"{type(source).__name__} of {len(self)} frames"
             return
         if fps is not None:
@@ -94,7 +94,7 @@ class Clip:
             self.name = type(self._reader).__name__
         scan = self._reader.scan()
         self._table = scan.table
-        self.info = _file_facts(scan, self.name)
+        self.info = file_facts(scan, self.name)
 
     @classmethod
     def open(cls, source: Any, **options: Any) -> Clip:
@@ -157,7 +157,8 @@ class Clip:
             FrameRequestError: a time lies outside of [0, duration).
 
         Example:
-            >>> Clip(torch.zeros(10, 3, 4, 6, dtype=torch.uint8), fps=5).at([1.5, 0.1]).index.tolist()
+            >>> clip = Clip(torch.zeros(10, 3, 4, 6, dtype=torch.uint8), fps=5)
+            >>> clip.at([1.5, 0.1]).index.tolist()
             [7, 0]
         """
         times = sampling.check_seconds(seconds, self.info.duration)
@@ -180,7 +181,8 @@ class Clip:
             FrameRequestError: fps is not a positive number.
 
         Example:
-            >>> Clip(torch.zeros(10, 3, 4, 6, dtype=torch.uint8), fps=5).uniform(fps=1).index.tolist()
+            >>> clip = Clip(torch.zeros(10, 3, 4, 6, dtype=torch.uint8), fps=5)
+            >>> clip.uniform(fps=1).index.tolist()
             [0, 5]
         """
         return self._read(self._at_rate(fps), size, strict)
@@ -220,8 +222,8 @@ class Clip:
         return self.stream(chunk=1)
 
     def _at_rate(self, fps: float) -> np.ndarray:
-        tick = float(self._table.time_base)
-        return sampling.rate_ranks(self._table.seconds_F, self.info.duration, tick, fps)
+        table = self._table
+        return sampling.rate_ranks(table.seconds_F, table.duration, table.slack, fps)
 
     def _read(self, ranks: np.ndarray, size: Size | None, strict: bool) -> Frames:
         """Decode each distinct rank once, then put them in the order asked for."""
@@ -247,9 +249,9 @@ class Clip:
                 yield self._from_memory(ranks[first : first + chunk], size)
             return
         assert self._reader is not None
-        log = _Log()
+        log = DecodeLog()
         decoded_frames = self._reader.decode(plan(self._table, ranks.tolist()))
-        chosen = _stand_ins(log.watch(decoded_frames), ranks.tolist())
+        chosen = stand_ins(log.watch(decoded_frames), ranks.tolist())
         for first in range(0, len(ranks), chunk):
             part = ranks[first : first + chunk]
             pixels_TCHW = torch.empty(len(part), 3, *size, dtype=torch.uint8)
@@ -257,7 +259,8 @@ class Clip:
             for slot, (rank, decoded) in enumerate(zip(part.tolist(), chosen, strict=False)):
                 if decoded is None:
                     raise DamagedVideoError(
-                        f"none of the {len(ranks)} frames asked for can be decoded", source=self.name
+                        f"none of the {len(ranks)} frames asked for can be decoded",
+                        source=self.name,
                     )
                 if decoded.rank != rank:
                     replaced[rank] = decoded.rank
@@ -302,100 +305,17 @@ class Clip:
         try:
             height, width = (sampling.whole(value, "height and width") for value in size)
         except (TypeError, ValueError) as error:
-            raise FrameRequestError(f"size must be (height, width) in pixels, got {size!r}") from error
+            raise FrameRequestError(
+                f"size must be (height, width) in pixels, got {size!r}"
+            ) from error
         if height < 1 or width < 1:
             raise FrameRequestError(f"size must be at least (1, 1) pixels, got {size!r}")
         needed = 3 * height * width * count
         if needed > self._max_bytes:
             raise FrameTooLargeError(
-                f"{count} frames of {width}x{height} pixels take {needed / 2**30:.1f} GiB, more than "
-                f"max_bytes allows ({self._max_bytes / 2**30:.1f} GiB); take fewer, pass "
+                f"{count} frames of {width}x{height} pixels take {needed / 2**30:.1f} GiB, more "
+                f"than max_bytes allows ({self._max_bytes / 2**30:.1f} GiB); take fewer, pass "
                 "size=(height, width), or read them with clip.stream()",
                 source=self.name,
             )
         return height, width
-
-
-class _Log:
-    """Remembers which frames came out of a decoder, for the damage report."""
-
-    def __init__(self) -> None:
-        self.seen: set[int] = set()
-        self.flagged: set[int] = set()
-        self.highest = -1
-
-    def watch(self, frames: Iterator[Decoded]) -> Iterator[Decoded]:
-        for decoded in frames:
-            self.seen.add(decoded.rank)
-            self.highest = max(self.highest, decoded.rank)
-            if decoded.is_corrupt:
-                self.flagged.add(decoded.rank)
-            yield decoded
-
-
-def _stand_ins(frames: Iterator[Decoded], wanted: list[int]) -> Iterator[Decoded | None]:
-    """For each wanted rank (ascending) the decoded frame to show: itself, else the nearest one.
-
-    Frames met on the way count as neighbours, too. None means that nothing decoded at all.
-    """
-    before: Decoded | None = None
-    slot = 0
-    for decoded in frames:
-        while slot < len(wanted) and wanted[slot] < decoded.rank:
-            is_nearer = before and wanted[slot] - before.rank <= decoded.rank - wanted[slot]
-            yield before if is_nearer else decoded
-            slot += 1
-        if slot < len(wanted) and wanted[slot] == decoded.rank:
-            yield decoded
-            slot += 1
-        if slot == len(wanted):
-            return
-        if before is None or decoded.rank > before.rank:
-            before = decoded
-    for _ in range(slot, len(wanted)):
-        yield before
-
-
-def _memory_facts(pixels_TCHW: Tensor, fps: float) -> tuple[PacketTable, VideoInfo]:
-    if isinstance(fps, bool) or not isinstance(fps, (int, float)) or not 1e-6 <= fps < math.inf:
-        raise FrameRequestError(f"fps must be a positive number of frames per second, got {fps!r}")
-    table = table_of(len(pixels_TCHW), fps)
-    height, width = pixels_TCHW.shape[-2:]
-    return table, _info(table, height=height, width=width, codec="raw", container="memory")
-
-
-def _file_facts(scan: Scan, name: str) -> VideoInfo:
-    if len(scan.table) == 0:
-        raise EmptyVideoError("its video track has no frames", source=name)
-    if scan.table.duration <= 0:
-        raise EmptyVideoError("its video track lasts zero seconds", source=name)
-    if scan.height < 1 or scan.width < 1:
-        raise EmptyVideoError(
-            f"its frames have no pixels ({scan.width}x{scan.height})", source=name
-        )
-    return _info(
-        scan.table,
-        height=scan.height,
-        width=scan.width,
-        codec=scan.codec,
-        container=scan.container,
-        rotation=scan.orientation.degrees,
-        mirrored=scan.orientation.mirrored,
-        has_audio=scan.has_audio,
-        lost_frames=scan.lost_frames,
-    )
-
-
-def _info(table: PacketTable, **facts: Any) -> VideoInfo:
-    key_K = np.flatnonzero(table.key_F)
-    return VideoInfo(
-        duration=table.duration,
-        frame_rate=len(table) / table.duration,
-        num_frames=len(table),
-        keyframe_index=torch.from_numpy(key_K),
-        keyframe_seconds=torch.from_numpy(table.seconds_F[key_K]),
-        keyframe_pts=torch.from_numpy(table.pts_F[key_K]),
-        variable_frame_rate=table.is_variable,
-        start_seconds=float(int(table.pts_F[0]) * table.time_base),
-        **facts,
-    )

@@ -17,7 +17,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from foveate.errors import FrameTooLargeError, NoVideoStreamError, UnsupportedVideoError
+from foveate.errors import (
+    FrameTooLargeError,
+    NoVideoStreamError,
+    TruncatedVideoError,
+    UnsupportedVideoError,
+)
+from foveate.video import packets
 from foveate.video.orientation import Orientation
 from foveate.video.source import MediaSource, import_av
 from foveate.video.table import Group, Packet, PacketTable
@@ -29,10 +35,6 @@ if TYPE_CHECKING:
 
 # Packets to try for a first picture, which alone tells the rotation.
 _PROBE_PACKETS = 64
-# A demuxer that fails over and over on one file is given up.
-_DEMUX_ATTEMPTS = 8
-# Frames to go back before a keyframe that a seek has overshot.
-_SEEK_BACK = 64
 
 
 class Decoded(NamedTuple):
@@ -119,6 +121,7 @@ class PyAVReader:
             context.thread_count = self.threads
             # One converter for all frames: setting up swscale costs more than a conversion.
             converter = import_av().video.reformatter.VideoReformatter()
+            ranks = scan.table.rank_of_pts
             count = 0
             for i, group in enumerate(groups):
                 if i:
@@ -129,7 +132,7 @@ class PyAVReader:
                         rank = count
                         count += 1
                     else:
-                        rank = scan.table.rank_of_pts.get(frame.pts, -1)
+                        rank = -1 if frame.pts is None else ranks.get(frame.pts, -1)
                     if rank >= group.key_rank:
                         write = _Writer(frame, converter, scan.orientation, self.interpolation)
                         yield Decoded(rank, write, bool(frame.is_corrupt))
@@ -138,25 +141,28 @@ class PyAVReader:
         self, container: InputContainer, stream: VideoStream, table: PacketTable, group: Group
     ) -> Iterator[VideoFrame]:
         """Frames of one group: packets from its keyframe to its last, then what is left inside."""
-        with closing(_locate(container, stream, table, group)) as packets:
-            for position, packet in packets:
-                yield from _decode_packet(stream, packet)
+        with closing(packets.locate(container, stream, table, group)) as run:
+            for position, packet in run:
+                yield from packets.decode_packet(stream, packet)
                 if position >= group.stop:
                     break
-        yield from _decode_packet(stream, None)
+        yield from packets.decode_packet(stream, None)
 
     def _video_stream(self, container: InputContainer) -> VideoStream:
         """The video track to read, its picture size checked and other tracks switched off."""
         av = import_av()
         name = self.source.name
         # Cover art of music files is listed as a video track, too.
-        streams = [s for s in container.streams.video if not _is_cover(s)]
+        streams = [s for s in container.streams.video if not packets.is_cover(s)]
+        if not streams and container.streams.audio:
+            raise NoVideoStreamError("there is no video track; this is an audio file", source=name)
+        if not streams and not container.streams.subtitles:
+            raise TruncatedVideoError("its header ends before any usable track", source=name)
         if not streams:
-            kind = "an audio file" if container.streams.audio else "a file without video"
-            raise NoVideoStreamError(f"there is no video track; this is {kind}", source=name)
+            raise NoVideoStreamError("there is no video track", source=name)
         best = container.streams.best("video")
         stream = best if best in streams else streams[0]
-        context = stream.codec_context
+        context: Any = stream.codec_context
         if context is None:
             raise UnsupportedVideoError("no decoder for the codec of its video track", source=name)
         if context.width * context.height > self.max_pixels:
@@ -165,8 +171,9 @@ class PyAVReader:
                 f"{self.max_pixels}; raise max_pixels if you trust the file",
                 source=name,
             )
-        # The header may lie or the size change on the way: the decoder checks every picture, too.
-        context.options = {"max_pixels": str(self.max_pixels)}
+        # The size may change on the way: the decoder checks every picture, too. It counts padding,
+        # so it gets some room.
+        context.options = {"max_pixels": str(2 * self.max_pixels + (1 << 20))}
         with suppress(AttributeError, av.error.FFmpegError):
             for other in container.streams:
                 if other.index != stream.index:
@@ -176,24 +183,26 @@ class PyAVReader:
     def _read_table(self, container: InputContainer) -> Scan:
         stream = self._video_stream(container)
         context = stream.codec_context
-        packets: list[Packet] = []
+        found: list[Packet] = []
         discarded = 0
         picture: Any = None
         # One thread: frame threading would hold the first picture back.
         context.thread_type = "SLICE"
-        for position, packet in enumerate(_demux(container, stream)):
+        for position, packet in enumerate(packets.demux(container, stream)):
             if picture is None and position < _PROBE_PACKETS:
-                picture = next(_decode_packet(stream, packet), None)
+                picture = next(packets.decode_packet(stream, packet), None)
             if packet.is_discard:
                 discarded += 1
                 continue
-            packets.append(Packet(position, packet.pts, packet.is_keyframe, packet.duration or 0))
+            found.append(Packet(position, packet.pts, packet.is_keyframe, packet.duration or 0))
         if picture is None:
-            picture = next(_decode_packet(stream, None), None)
+            picture = next(packets.decode_packet(stream, None), None)
         # Only a decoded picture tells the rotation in PyAV, and the true size in raw streams.
-        orientation = _orientation(picture) if picture is not None else Orientation()
+        orientation = packets.orientation(picture) if picture is not None else Orientation()
         height, width = (
-            (picture.height, picture.width) if picture is not None else (context.height, context.width)
+            (picture.height, picture.width)
+            if picture is not None
+            else (context.height, context.width)
         )
         rate = stream.average_rate
         name = container.format.name
@@ -201,7 +210,7 @@ class PyAVReader:
         # program stream stores one for some pictures only. Such files are read by counting.
         by_order = name == "mpeg" or (name == "avi" and context.name in ("h264", "hevc"))
         ticks = stream.time_base or Fraction(1, 90_000)
-        table = PacketTable.from_packets(packets, ticks, rate, by_order=by_order)
+        table = PacketTable.from_packets(found, ticks, rate, by_order=by_order)
         height, width = orientation.size(height, width)
         return Scan(
             table=table,
@@ -211,7 +220,7 @@ class PyAVReader:
             width=width,
             orientation=orientation,
             has_audio=bool(container.streams.audio),
-            lost_frames=_lost_frames(container, stream, table, len(packets) + discarded),
+            lost_frames=packets.lost_frames(container, stream, table, len(found) + discarded),
         )
 
 
@@ -233,94 +242,3 @@ class _Writer:
         )
         rgb_CHW = torch.from_numpy(rgb.to_ndarray()).permute(2, 0, 1)
         out_CHW.copy_(self.orientation.apply(rgb_CHW))
-
-
-def _is_cover(stream: VideoStream) -> bool:
-    disposition = getattr(stream, "disposition", None)
-    return bool(disposition is not None and "attached_pic" in str(disposition))
-
-
-def _orientation(frame: VideoFrame) -> Orientation:
-    for data in frame.side_data:
-        if "DISPLAYMATRIX" in str(data.type):
-            return Orientation.from_matrix(bytes(data))
-    return Orientation()
-
-
-def _demux(container: InputContainer, stream: VideoStream) -> Iterator[Any]:
-    """Packets of one track in file order; a broken place is passed, a hopeless file ends here."""
-    av = import_av()
-    failures = 0
-    while failures < _DEMUX_ATTEMPTS:
-        try:
-            for packet in container.demux(stream):
-                if packet.size:
-                    failures = 0
-                    yield packet
-            return
-        except av.error.FFmpegError:
-            failures += 1
-
-
-def _decode_packet(stream: VideoStream, packet: Any) -> Iterator[VideoFrame]:
-    """Frames that a packet (None: the end) sets free; what does not decode is left out."""
-    av = import_av()
-    try:
-        yield from stream.codec_context.decode(packet)
-    except (av.error.FFmpegError, MemoryError):
-        return
-
-
-def _locate(
-    container: InputContainer, stream: VideoStream, table: PacketTable, group: Group
-) -> Iterator[tuple[int, Any]]:
-    """(position, packet) from the group's first packet on, wherever the seek lands.
-
-    Demuxers land early, late or between keyframes, depending on the container. Packets before
-    the wanted one are passed over undecoded; after a late landing the search starts farther ahead,
-    at last at the head of the file.
-    """
-    av = import_av()
-    if group.seek_pts is None:
-        # Only the first group of a plan has no keyframe to seek to, and the file was just opened.
-        yield from enumerate(_demux(container, stream))
-        return
-    earlier = int(table.pts_F[max(group.key_rank - _SEEK_BACK, 0)])
-    for target in (group.seek_pts, earlier, int(table.pts_F[0])):
-        with suppress(av.error.FFmpegError):
-            container.seek(target, stream=stream, backward=True)
-        position = -1
-        for packet in _demux(container, stream):
-            known = table.position_of_pts.get(packet.pts)
-            if position < 0 and (known is None or known < group.start):
-                continue
-            if position < 0 and known != group.start:
-                break
-            position = position + 1 if known is None else known
-            yield position, packet
-        if position >= 0:
-            return
-
-
-def _lost_frames(
-    container: InputContainer, stream: VideoStream, table: PacketTable, num_packets: int
-) -> int:
-    """Frames that the header promises and the file lacks; an estimate where it counts seconds."""
-    name = container.format.name
-    if name.startswith("mov"):
-        # The sample index, after edit lists; not the header's count, which ignores them.
-        return max(len(getattr(stream, "index_entries", ())) - num_packets, 0)
-    if len(table) < 2:
-        return 0
-    seconds = None
-    if name == "avi" and stream.duration and stream.time_base:
-        seconds = float(stream.duration * stream.time_base)
-    elif name.startswith("matroska") and len(container.streams) == 1 and container.duration:
-        seconds = container.duration / 1e6
-    if seconds is None:
-        return 0
-    # Some writers count the duration from time zero, others from the first frame.
-    present = max(table.duration, float(table.end_pts * table.time_base))
-    lost = round((seconds - present) * len(table) / table.duration)
-    # A frame or two is rounding, or the duration of the last frame.
-    return lost if lost > max(2, 0.01 * len(table)) else 0

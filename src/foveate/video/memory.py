@@ -23,8 +23,8 @@ def pixels_from(source: Any) -> Tensor | None:
 
     Args:
         source: tensor [T, 3, H, W] or numpy array [T, H, W, 3], uint8 or floating in 0..1 (rounded
-            to the nearest of 256 levels); or a sequence of PIL images of one size. A uint8 tensor is
-            taken as it is, without a copy.
+            to the nearest of 256 levels); or a sequence of PIL images of one size. A uint8 tensor
+            is taken as it is, without a copy.
 
     Raises:
         VideoSourceError: another shape, dtype or range, or pictures of several sizes.
@@ -71,8 +71,8 @@ def _from_images(images: Sequence[Any]) -> Tensor:
     for i, image in enumerate(images):
         if not isinstance(image, Image.Image):
             raise VideoSourceError(
-                f"item {i} of the list is {type(image).__name__}, not a PIL image; stack tensors or "
-                "arrays into one"
+                f"item {i} of the list is {type(image).__name__}, not a PIL image; stack tensors "
+                "or arrays into one"
             )
         if image.size != images[0].size:
             raise VideoSourceError(

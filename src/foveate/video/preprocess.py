@@ -16,7 +16,13 @@ from torch import Tensor
 from foveate.video.resize import BICUBIC, filter_number, resize
 
 # Processors that choose the size or cut tiles by the picture; one fixed recipe would be wrong.
-_VARIABLE_KEYS = ("min_pixels", "max_pixels", "merge_size", "temporal_patch_size", "crop_to_patches")
+_VARIABLE_KEYS = (
+    "min_pixels",
+    "max_pixels",
+    "merge_size",
+    "temporal_patch_size",
+    "crop_to_patches",
+)
 _SIZE_FORMS = (
     {"height", "width"},
     {"shortest_edge"},
@@ -86,9 +92,9 @@ class FrameTransform:
             ValueError: it chooses sizes per picture, pads, or does a step that is not known here.
 
         Example:
-            >>> FrameTransform.from_processor({"do_resize": True, "size": 224, "do_normalize": False})
-            FrameTransform(size={'height': 224, 'width': 224}, crop_size=None, \
-rescale_factor=0.00392156862745098, mean=None, std=None, resample=2)
+            >>> config = {"do_resize": True, "size": {"shortest_edge": 224}, "resample": 3}
+            >>> FrameTransform.from_processor(config).output_size(720, 1280)
+            (224, 398)
         """
         processor = getattr(processor, "image_processor", processor)
         config = dict(processor if isinstance(processor, Mapping) else processor.to_dict())
@@ -184,7 +190,7 @@ def _within(height: int, width: int, edge: int, cap: int) -> tuple[int, int]:
         edge = round(exact)
     if edge in (height, width) and edge == min(height, width):
         return height, width
-    # Multiplied before divided, as in the processors: the other order cuts some sizes a pixel short.
+    # Multiplied before divided, as in the processors: the other order cuts some a pixel short.
     other = int((edge if exact is None else exact) * max(height, width) / min(height, width))
     return (edge, other) if height <= width else (other, edge)
 
@@ -200,7 +206,7 @@ def _per_channel(value: float | Sequence[float]) -> tuple[float, ...]:
 
 
 def _center_crop(pixels_TCHW: Tensor, size: tuple[int, int]) -> Tensor:
-    """Cut from the centre; frames smaller than the cut are padded with black, as transformers does."""
+    """Cut from the centre; smaller frames are padded with black, as in transformers."""
     height, width = pixels_TCHW.shape[-2:]
     crop_h, crop_w = size
     pad_h, pad_w = max(crop_h, height) - height, max(crop_w, width) - width

