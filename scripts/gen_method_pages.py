@@ -13,9 +13,15 @@ import sys
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import foveate
 from foveate.core import STAGES, Card, Method, get_method, list_methods
 
 ROOT = Path(__file__).parents[1]
+# Modules that are documented although their package does not export their names.
+MODULES = {
+    "foveate.core": ("foveate.core.flops", "foveate.core.dims"),
+    "foveate.models": ("foveate.models.adapter", "foveate.models.tower", "foveate.models.dims"),
+}
 
 
 def _cell(text: object) -> str:
@@ -136,16 +142,22 @@ def method_page(name: str) -> str:
 
 
 def method_table(linked: bool = True) -> str:
-    """Markdown table of every registered method against the stages that any of them acts at."""
+    """Markdown table of the registered methods against the stages that any of them acts at.
+
+    `linked` titles lead to the pages; otherwise a last column leads to the papers.
+    """
     cards = [get_method(name).card for name in list_methods()]
     stages = [stage for stage in STAGES if any(stage in card.stages for card in cards)]
     rows: list[list[object]] = []
     for card in cards:
-        title = f"[{card.title}]({card.name}.md)" if linked else card.title
         marks = ["x" if stage in card.stages else "" for stage in stages]
-        paper = f"[{card.arxiv}](https://arxiv.org/abs/{card.arxiv})" if card.arxiv else ""
-        rows.append([title, f"`{card.name}`", *marks, card.kind, paper])
-    return _table(["Method", "Name", *stages, "Kind", "Paper"], rows)
+        row = [card.title, f"`{card.name}`", *marks, card.kind]
+        if linked:
+            row[0] = f"[{card.title}]({card.name}.md)"
+        else:
+            row.append(f"[{card.arxiv}](https://arxiv.org/abs/{card.arxiv})" if card.arxiv else "")
+        rows.append(row)
+    return _table(["Method", "Name", *stages, "Kind", *([] if linked else ["Paper"])], rows)
 
 
 def readme_with_table(readme: str) -> str:
@@ -169,10 +181,30 @@ def methods_index() -> str:
     )
 
 
+def api_index() -> str:
+    """Markdown page with the names that `foveate` itself exports."""
+    rows: list[list[object]] = []
+    for name in foveate.__all__:
+        value = getattr(foveate, name)
+        if name.startswith("_"):
+            continue
+        first_line = (inspect.getdoc(value) or "").partition("\n")[0]
+        rows.append([f"[`foveate.{name}`][{value.__module__}.{value.__qualname__}]", first_line])
+    return (
+        "# API\n\nMost programs need nothing but these:\n\n"
+        f"{_table(['Name', 'Is'], rows)}\n\n"
+        "They are resolved at first use, so `import foveate` loads neither torch nor transformers. "
+        "The packages below hold the rest. What is documented there is stable within a minor "
+        "version; names with a leading underscore are not.\n"
+    )
+
+
 def api_page(package: str) -> str:
-    """Markdown page with the reference of one package or module below `foveate`."""
-    options = "    options:\n      show_submodules: true"
-    return f"# {package}\n\n::: {package}\n{options}\n"
+    """Markdown page with the reference of one package: its exports, then modules worth naming."""
+    parts = [f"# {package}", f"::: {package}"]
+    for module in MODULES.get(package, ()):
+        parts += [f"## {module}", f"::: {module}\n    options:\n      heading_level: 3"]
+    return "\n\n".join(parts) + "\n"
 
 
 def api_packages() -> list[str]:
@@ -181,13 +213,15 @@ def api_packages() -> list[str]:
     modules = {path.stem for path in source.glob("*.py")}
     modules |= {path.parent.name for path in source.glob("*/__init__.py")}
     return sorted(
-        f"foveate.{name}" for name in modules if not name.startswith("_") and name != "methods"
+        f"foveate.{name}"
+        for name in modules
+        if not name.startswith("_") and name not in ("methods", "cli")
     )
 
 
 def generated_pages() -> dict[str, str]:
     """Every generated page: path below docs/ -> Markdown."""
-    pages = {"methods/index.md": methods_index()}
+    pages = {"methods/index.md": methods_index(), "api/index.md": api_index()}
     pages |= {f"methods/{name}.md": method_page(name) for name in list_methods()}
     pages |= {f"api/{package}.md": api_page(package) for package in api_packages()}
     return pages
