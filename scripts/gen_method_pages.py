@@ -189,7 +189,7 @@ def api_index() -> str:
         if name.startswith("_"):
             continue
         first_line = (inspect.getdoc(value) or "").partition("\n")[0]
-        rows.append([f"[`foveate.{name}`][{value.__module__}.{value.__qualname__}]", first_line])
+        rows.append([f"[`{name}`][{value.__module__}.{value.__qualname__}]", first_line])
     return (
         "# API\n\nMost programs need nothing but these:\n\n"
         f"{_table(['Name', 'Is'], rows)}\n\n"
