@@ -84,7 +84,8 @@ def outer(
     Source: HoliTom, sections 3.2 and 3.3 (arXiv 2505.21334).
     """
     T, N, _ = feat_TNC.shape
-    redundant_TN = ops.adjacent_similarity(feat_TNC) > tau
+    # Rounding can lift the cosine of equal vectors above 1, which tau = 1 must not see.
+    redundant_TN = ops.adjacent_similarity(feat_TNC).clamp(max=1.0) > tau
     segmentation = ops.segment_by_gain(redundant_TN, max_window)
     effective = min(1.0, retain * T * N / (T * N - segmentation.removed))
     lengths_S = segmentation.lengths
