@@ -74,9 +74,7 @@ def reduce(
     if positions is not None:
         made = Recipe(made.steps, positions)  # pyright: ignore[reportArgumentType]
     budget = Budget(retain, tokens)  # pyright: ignore[reportArgumentType]
-    return Attachment(
-        model, made, budget, mask_only=mask_only, restore=restore, seed=seed
-    )
+    return Attachment(model, made, budget, mask_only=mask_only, restore=restore, seed=seed)
 
 
 class Attachment:
@@ -498,9 +496,7 @@ class Attachment:
             valid = mask[:, -length:].bool()
             valid = None if bool(valid.all()) else valid
         first = cache.layers[0]
-        positions = _positions(
-            kwargs.get("position_ids"), batch, length, first.seen, embeds.device
-        )
+        positions = _positions(kwargs.get("position_ids"), batch, length, first.seen, embeds.device)
         positions = _shifted(positions, first.shift_B)
         no_visual = [_no_visual(embeds.device) for _ in range(batch)]
         sequence = Sequence(length, valid, no_visual)

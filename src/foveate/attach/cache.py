@@ -66,11 +66,11 @@ class ReducedLayer(DynamicLayer):
 
     def keep(self, index_BK: torch.Tensor, valid_BK: torch.Tensor | None) -> None:
         """Keep the slots `index_BK` (in that order); `valid_BK` marks the real ones."""
-        index = index_BK[:, None, :, None].expand(
-            -1, self.keys.shape[1], -1, self.keys.shape[-1]
-        )
+        index = index_BK[:, None, :, None].expand(-1, self.keys.shape[1], -1, self.keys.shape[-1])
         self.keys = self.keys.gather(2, index)
-        self.values = self.values.gather(2, index[..., :1].expand(-1, -1, -1, self.values.shape[-1]))
+        self.values = self.values.gather(
+            2, index[..., :1].expand(-1, -1, -1, self.values.shape[-1])
+        )
         self.valid_BT = valid_BK
 
     def reset(self) -> None:

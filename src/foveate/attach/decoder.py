@@ -82,9 +82,7 @@ class LayerAttention:
                 past_BGTd = past_BGTd[:, :, valid[sample]]
             k_BGSd = torch.cat([past_BGTd, k_BGSd], dim=2)
         scale = float(getattr(self.module, "scaling", q_BHSd.shape[-1] ** -0.5))
-        return AttentionView(
-            q_BHSd, k_BGSd, scale, torch.searchsorted(rows_S, self.visual[sample])
-        )
+        return AttentionView(q_BHSd, k_BGSd, scale, torch.searchsorted(rows_S, self.visual[sample]))
 
 
 @dataclass(eq=False)
@@ -130,9 +128,7 @@ class DecoderCall:
     position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None
     captured: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
     attentions: dict[int, LayerAttention] = field(default_factory=dict)
-    states: dict[tuple[int, int], dict[str, Any]] = field(
-        default_factory=lambda: defaultdict(dict)
-    )
+    states: dict[tuple[int, int], dict[str, Any]] = field(default_factory=lambda: defaultdict(dict))
     num_visual: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:

@@ -222,9 +222,7 @@ class EncoderStage:
 
     # -- reducing -------------------------------------------------------------------------------
 
-    def _reduce_at(
-        self, point: str, index: int, x_BND: torch.Tensor
-    ) -> tuple[torch.Tensor, bool]:
+    def _reduce_at(self, point: str, index: int, x_BND: torch.Tensor) -> tuple[torch.Tensor, bool]:
         run = self.run
         assert run is not None
         changed = False
@@ -263,7 +261,9 @@ class EncoderStage:
     def _size_bias(self, x_BND: torch.Tensor) -> torch.Tensor | None:
         run = self.run
         assert run is not None
-        proportional = any(getattr(method, "proportional_attention", False) for _, method in self.steps)
+        proportional = any(
+            getattr(method, "proportional_attention", False) for _, method in self.steps
+        )
         if not proportional or run.restored or run.tokens is None or run.tokens.size_BN is None:
             return None
         return run.tokens.size_BN.log()[:, None, None].to(x_BND.dtype)

@@ -120,7 +120,9 @@ class FeatureWatch:
         if wanted:
             for tower in {id(t): t for t in self.towers.values()}.values():
                 names = [n for n in wanted if n != "encoder.cls_attention" or tower.has_cls]
-                handles += TowerTap(tower, tower.feature_block, self._on_attention(tower, names)).handles
+                handles += TowerTap(
+                    tower, tower.feature_block, self._on_attention(tower, names)
+                ).handles
         return handles
 
     def uninstall(self) -> None:

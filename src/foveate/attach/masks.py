@@ -59,9 +59,7 @@ class MaskMaker:
         key = (num_past, num_new, *(_fingerprint(v) for v in (past_BT, new_BQ)))
         if key not in self._made:
             valid = join_valid(past_BT, num_past, new_BQ, num_new, self.batch, self.device)
-            shape_only = torch.empty(
-                self.batch, num_new, 0, dtype=self.dtype, device=self.device
-            )
+            shape_only = torch.empty(self.batch, num_new, 0, dtype=self.dtype, device=self.device)
             self._made[key] = create_causal_mask(
                 config=self.config,
                 inputs_embeds=shape_only,
