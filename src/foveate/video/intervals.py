@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 
@@ -74,4 +75,4 @@ def keyframe_intervals(
         # A frame on a border belongs to the interval that starts there, the last to the last.
         inside = inside if inside < len(edges) and edges[inside] == pts else inside - 1
         counts[min(max(inside, 0), len(counts) - 1)] += 1
-    return [Interval(a, b, n) for a, b, n in zip(edges, edges[1:], counts, strict=False)]
+    return [Interval(a, b, n) for (a, b), n in zip(pairwise(edges), counts, strict=True)]
