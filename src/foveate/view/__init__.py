@@ -1,6 +1,44 @@
 """Seeing it: pictures and reports of what was kept, and what the commands do."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from foveate.view.draw import draw_item, draw_kept
 from foveate.view.html import render_report, save_report
 
-__all__ = ["draw_item", "draw_kept", "render_report", "save_report"]
+if TYPE_CHECKING:
+    from foveate.view.ask import Answer, ask, load_model
+    from foveate.view.encoders import Encoder, load_encoder
+    from foveate.view.show import show_video
+
+# Drawing needs no model; what runs one is loaded when used.
+_LAZY = {
+    "Answer": "foveate.view.ask",
+    "Encoder": "foveate.view.encoders",
+    "ask": "foveate.view.ask",
+    "load_encoder": "foveate.view.encoders",
+    "load_model": "foveate.view.ask",
+    "show_video": "foveate.view.show",
+}
+
+__all__ = [
+    "Answer",
+    "Encoder",
+    "ask",
+    "draw_item",
+    "draw_kept",
+    "load_encoder",
+    "load_model",
+    "render_report",
+    "save_report",
+    "show_video",
+]
+
+
+def __getattr__(name: str) -> Any:
+    module = _LAZY.get(name)
+    if module is None:
+        raise AttributeError(f"module 'foveate.view' has no attribute {name!r}")
+    return getattr(importlib.import_module(module), name)

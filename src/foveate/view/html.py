@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import tempfile
@@ -159,9 +160,10 @@ def _figures(report: Report) -> str:
     total = {name: parts.get("total", 0.0) for name, parts in report.flops.items()}
     if total.get("untouched") and total.get("reduced"):
         number, unit = flops(total["reduced"]).split(" ", 1)
+        scaled = any("reference" in part for part in report.flops["reduced"])
         entries.append(
             (
-                "compute",
+                "compute, with a reference LLM" if scaled else "compute",
                 f"{number}<small> {unit} of {flops(total['untouched']).split(' ', 1)[0]}"
                 f"{_other_unit(total)}</small>",
                 f"{total['untouched'] / total['reduced']:.2f} times less",
@@ -261,8 +263,9 @@ def _axis(view: ItemView, number: int) -> str:
         left = 100 * (starts[plane] - starts[0]) / span
         width = 100 * (edges[plane + 1] - edges[plane]) / span
         label = f"{plane_label(view, plane)}: {entry.num_tokens} tokens"
+        style, card = _segment_style(view, plane), f"#f{number}-{plane // step * step}"
         parts.append(
-            f'<a class="col {_segment_style(view, plane)}" href="#f{number}-{plane // step * step}" '
+            f'<a class="col {style}" href="{card}" '
             f'style="left:{left:.3f}%;width:{width:.3f}%" aria-label="{label}" title="{label}">'
             f'<i style="height:{max(100 * entry.num_tokens / most, 1.5):.1f}%"></i></a>'
         )
@@ -292,7 +295,7 @@ def _time(left: float, text: str, style: str = "") -> str:
 def _spans(view: ItemView) -> tuple[list[float], float]:
     """Start of every plane and end of the last, in seconds or in frames when times are unknown."""
     starts = list(view.seconds or range(len(view.planes)))
-    rising = all(a < b for a, b in zip(starts[:-1], starts[1:], strict=True))
+    rising = all(a < b for a, b in itertools.pairwise(starts))
     if not rising:
         starts = [float(plane) for plane in range(len(view.planes))]
     gap = (starts[-1] - starts[0]) / max(len(starts) - 1, 1)

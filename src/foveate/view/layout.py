@@ -87,7 +87,7 @@ class ItemView:
 def view_item(item: ItemReport) -> ItemView:
     """Read an item's reduction into arrays; O(N + M)."""
     grid = item.grid
-    position_N3, kind_N = grid.positions().numpy(), grid.kinds().numpy()
+    kind_N = grid.kinds().numpy()
     group_N, anchor_M = _groups(item, grid.num_tokens)
     patch_P = np.flatnonzero(kind_N == TokenKind.PATCH)
     num_groups = len(anchor_M)

@@ -1,0 +1,335 @@
+"""What `foveate show` does: a clip through an encoder and a recipe, without a language model.
+
+Legend: T frames, P patches of a frame, N = T * P patches of the video, M tokens left, C channels.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foveate.attach.prompt import PromptReducer
+from foveate.attach.reporting import describe_budget
+from foveate.attach.sequence import VisualItem
+from foveate.core import (
+    Budget,
+    Grid,
+    ItemReport,
+    Method,
+    Modality,
+    Plane,
+    Recipe,
+    Reduction,
+    Report,
+    StageReport,
+)
+from foveate.core.dims import TransformerDims
+from foveate.core.flops import encoder_flops, prefill_flops
+from foveate.errors import DamagedVideoWarning, RecipeError
+from foveate.models.dims import vision_dims
+from foveate.video import Clip
+from foveate.video.resize import resize
+from foveate.video.sampling import sample_ranks
+from foveate.view.encoders import Encoded, Encoder, EncoderPass, load_encoder
+
+#: Told (what, done, total) while something takes long.
+Progress = Callable[[str, int, int], None]
+
+#: The language model of LLaVA-OneVision-7B (Qwen2-7B), to give prefill savings a scale.
+REFERENCE_LLM = TransformerDims(28, 3584, 28, 4, 128, 18944, gated=True, vocab=152064)
+REFERENCE_NAME = "prefill (reference 7B LLM)"
+
+_DECODE_CHUNK = 64
+_PICTURE_SIDE = 640
+
+
+def show_video(
+    source: Any,
+    recipe: Recipe | Method | str | Iterable[Method] = "holitom",
+    *,
+    retain: float | None = None,
+    tokens: int | None = None,
+    encoder: Encoder | str | Path | None = None,
+    frames: int = 32,
+    size: int | None = None,
+    pool: bool | None = None,
+    device: str | torch.device = "cpu",
+    batch: int = 8,
+    seed: int = 0,
+    progress: Progress | None = None,
+    **arguments: Any,
+) -> Report:
+    """Reduce a real clip on a real encoder, up to the language model, and account for it.
+
+    The recipe's encoder stage runs inside the encoder, its projector stage on the patches of all
+    frames as one video. Stages inside a language model do not run; the notes say so. An encoder
+    alone has no projector, so methods compare its own features. `Report.save("kept.html")` draws
+    the result on the frames.
+
+    Args:
+        source: what `foveate.Clip` takes, or a clip. A clip of a single picture counts as an image.
+        recipe: as in `foveate.reduce`.
+        retain: fraction of tokens kept, in (0, 1]; neither this nor `tokens`: the method's default.
+        tokens: absolute count kept instead.
+        encoder: an `Encoder`, a folder or a hub id; None takes the embedded DINOv2-small.
+        frames: frames taken evenly; clips with fewer give all they have.
+        size: pixels of the square that frames are scaled to; None: the encoder's own way.
+        pool: halve rows and columns bilinearly before the projector stage, as LLaVA-OneVision does
+            with videos; None: exactly for videos whose recipe has a projector stage.
+        device: where to load an encoder that is given by name.
+        batch: frames in one pass of the encoder.
+        seed: for methods that draw random numbers.
+        progress: told what is being done.
+        arguments: hyper-parameters of the recipe's methods.
+
+    Returns:
+        A `Report` with one item, its frames and their times; `seconds` has decode, encode, reduce.
+
+    Raises:
+        VideoError: the clip cannot be read.
+        RecipeError: no stage of the recipe acts before the language model.
+        MissingSignalError: a method reads a signal that the encoder does not offer.
+        ValueError: a value is out of range.
+
+    Example:
+        >>> from foveate.view import show_video
+        >>> report = show_video("holiday.mp4", "holitom", retain=0.15)      # doctest: +SKIP
+        >>> report.save("kept.html")                                        # doctest: +SKIP
+    """
+    made = Recipe.of(recipe, **arguments)
+    budget = Budget(retain, tokens)
+    budgets = made.budgets(budget)
+    _refuse_inside_llm(made)
+    if batch < 1:
+        raise ValueError(f"batch must be at least 1 frame, got {batch}.")
+    tell = progress or (lambda what, done, total: None)
+    clip = Clip.open(source)
+    if not isinstance(encoder, Encoder):
+        tell("load the encoder", 0, 1)
+        encoder = load_encoder(encoder, size=size, device=device)
+    modality: Modality = "image" if len(clip) == 1 else "video"
+    report = Report(_describe(encoder), str(made), describe_budget(budget))
+    steps = [(i, made.steps[i].method) for i in made.at("encoder")]
+    running = EncoderPass(encoder, _signals(made), steps, budgets)
+    shown, seconds = _run(clip, min(frames, len(clip)), running, batch, report, tell)
+    if frames > len(clip) and modality == "video":
+        report.notes.append(f"the clip has {len(clip)} frames, fewer than the {frames} asked for")
+    encoded = running.result()
+    begin = time.perf_counter()
+    item = _reduce(made, budgets, encoded, modality, pool, seed, encoder, report)
+    report.seconds["reduce"] = time.perf_counter() - begin
+    item.pixels, item.seconds = lambda: shown, seconds
+    report.items = [item]
+    _count_flops(report, encoder, encoded)
+    _note_missing_stages(made, report)
+    return report
+
+
+def _refuse_inside_llm(recipe: Recipe) -> None:
+    if recipe.at("encoder") or recipe.at("projector"):
+        return
+    stages = sorted({stage for step in recipe for stage in step.stages})
+    raise RecipeError(
+        f"{recipe} acts only at: {', '.join(stages)}, which needs a language model. Use `foveate "
+        "ask` with a model, or a recipe with an encoder or projector stage (foveate list)."
+    )
+
+
+def _describe(encoder: Encoder) -> str:
+    count = sum(p.numel() for p in encoder.tower.module.parameters())
+    return f"{encoder.name or type(encoder.model).__name__}, {count / 1e6:.3g} M parameters"
+
+
+def _signals(recipe: Recipe) -> set[str]:
+    names: set[str] = set()
+    for index in recipe.at("projector"):
+        for need in recipe.steps[index].method.needs:
+            names.update([need] if isinstance(need, str) else need)
+    return names
+
+
+def _run(
+    clip: Clip, frames: int, running: EncoderPass, batch: int, report: Report, tell: Progress
+) -> tuple[Tensor, list[float]]:
+    """Decode and encode chunk by chunk; the frames for pictures and their seconds come back."""
+    ranks = sample_ranks(len(clip), frames)
+    pictures, seconds, lost = [], [], []
+    spent = {"decode": 0.0, "encode": 0.0}
+    done = 0
+    with running:
+        for first in range(0, len(ranks), _DECODE_CHUNK):
+            tell("decode", done, frames)
+            begin = time.perf_counter()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DamagedVideoWarning)  # it goes into the notes
+                taken = clip.take(ranks[first : first + _DECODE_CHUNK].tolist())
+            if taken.damage:
+                lost.append(taken.damage.reason)
+            seconds += taken.seconds.tolist()
+            pictures.append(_picture_sized(running.encoder.shown(taken.pixels)))
+            spent["decode"] += time.perf_counter() - begin
+            for part in taken.pixels.split(batch):
+                tell("encode", done, frames)
+                begin = time.perf_counter()
+                running.add(part)
+                spent["encode"] += time.perf_counter() - begin
+                done += len(part)
+    tell("encode", frames, frames)
+    report.seconds.update(spent)
+    report.notes += [f"{clip.name}: {reason}" for reason in dict.fromkeys(lost)]
+    return torch.cat(pictures), seconds
+
+
+def _picture_sized(pixels_TCHW: Tensor) -> Tensor:
+    height, width = pixels_TCHW.shape[-2:]
+    scale = _PICTURE_SIDE / max(height, width)
+    if scale >= 1:
+        return pixels_TCHW
+    return resize(pixels_TCHW, (max(1, round(height * scale)), max(1, round(width * scale))))
+
+
+def _reduce(
+    recipe: Recipe,
+    budgets: tuple[Budget, ...],
+    encoded: Encoded,
+    modality: Modality,
+    pool: bool | None,
+    seed: int,
+    encoder: Encoder,
+    report: Report,
+) -> ItemReport:
+    at_projector = recipe.at("projector")
+    _note_encoder_stage(recipe, encoded, report)
+    x_TPC, (rows, columns), scores = encoded.x_TPC, encoded.shape, encoded.scores
+    if not at_projector:
+        return _encoder_item(encoded, modality, encoder.tower.num_prefix)
+    if modality == "video" if pool is None else pool:
+        x_TPC = _pooled(x_TPC, rows, columns)
+        scores = {n: _pooled(s[..., None], rows, columns)[..., 0] for n, s in scores.items()}
+        before = f"{rows} x {columns}"
+        rows, columns = -(-rows // 2), -(-columns // 2)
+        report.notes.append(
+            f"frames pooled from {before} to {rows} x {columns} tokens, as LLaVA-OneVision does"
+        )
+    grid = Grid((Plane(rows, columns),) * len(x_TPC), modality)
+    item = ItemReport(0, modality, grid)
+    order_N = torch.arange(grid.num_tokens)
+    signals = {name: score_TP.flatten().float() for name, score_TP in scores.items()}
+    reducer = PromptReducer(
+        steps=[(i, recipe.steps[i].method) for i in at_projector],
+        budget=lambda step, sample: budgets[step],
+        compact=False,
+        seed=seed,
+        report=report,
+        text_ids=None,
+    )
+    visual = VisualItem(0, modality, grid, order_N, signals, item)
+    reduction = reducer.reduce_item(visual, 0, x_TPC.flatten(0, 1)[None], lambda name: None)
+    item.reduction = None if reduction is None else reduction.to("cpu")
+    names = " + ".join(recipe.steps[i].method.name for i in at_projector)
+    report.stages.append(StageReport("projector", names, (item.before,), (item.after,)))
+    report.notes.append(
+        "an encoder alone has no projector: similarity is measured on the encoder's own features"
+    )
+    return item
+
+
+def _pooled(x_TPC: Tensor, rows: int, columns: int) -> Tensor:
+    """Half the rows and columns (rounded up), bilinearly, [T, P, C] -> [T, P', C].
+
+    Source: LLaVA-OneVision, arXiv 2408.03326, section 3.2; `apply_pooling` of transformers.
+    """
+    x_TChw = x_TPC.transpose(1, 2).unflatten(2, (rows, columns))
+    half = (-(-rows // 2), -(-columns // 2))
+    pooled = nn.functional.interpolate(x_TChw.float(), size=half, mode="bilinear")
+    return pooled.flatten(2).transpose(1, 2).to(x_TPC.dtype)
+
+
+def _note_encoder_stage(recipe: Recipe, encoded: Encoded, report: Report) -> None:
+    if not encoded.runs:
+        return
+    names = " + ".join(recipe.steps[i].method.name for i in recipe.at("encoder"))
+    before = sum(run.num_tokens * run.num_images for run in encoded.runs)
+    after = sum(_left(run) * run.num_images for run in encoded.runs)
+    report.stages.append(StageReport("encoder", names, (before,), (after,)))
+    report.seconds["methods in the encoder"] = sum(run.seconds for run in encoded.runs)
+
+
+def _left(run: Any) -> int:
+    return run.num_tokens if run.reduction is None else run.reduction.num_out
+
+
+def _encoder_item(encoded: Encoded, modality: Modality, num_prefix: int) -> ItemReport:
+    """The frames' own reductions as one of the whole video: each frame merges within itself."""
+    plane = Plane(*encoded.shape, prefix=num_prefix)
+    grid = Grid((plane,) * len(encoded.x_TPC), modality)
+    groups, anchors, sources, targets = [], [], 0, 0
+    for run in encoded.runs:
+        for image in range(run.num_images):
+            one = (
+                Reduction.identity(run.num_tokens)
+                if run.reduction is None
+                else run.reduction.sample(image).to("cpu")
+            )
+            group_N, anchor_M = one.groups_BN[0], one.anchor_BM[0]
+            groups.append((group_N + targets).where(group_N >= 0, -1))
+            anchors.append((anchor_M + sources).where(anchor_M >= 0, -1))
+            sources, targets = sources + one.num_in, targets + one.num_out
+    item = ItemReport(0, modality, grid)
+    if groups:
+        item.reduction = Reduction.merge(torch.cat(groups), targets, anchor_BM=torch.cat(anchors))
+    return item
+
+
+def _count_flops(report: Report, encoder: Encoder, encoded: Encoded) -> None:
+    try:
+        dims = vision_dims(encoder.tower.module)
+    except ValueError as error:
+        report.notes.append(f"FLOPs not counted: {error}")
+        return
+    images, patches = encoded.x_TPC.shape[:2]
+    full = encoder_flops(dims, patches + encoder.tower.num_prefix, images)
+    spent = full
+    if encoded.runs:
+        spent = sum(
+            encoder_flops(
+                dims,
+                run.attention_lengths,
+                run.num_images,
+                mlp_lengths=run.lengths,
+                num_patches=run.num_tokens,
+            )
+            for run in encoded.runs
+        )
+    untouched, reduced = {"encoder": float(full)}, {"encoder": float(spent)}
+    if any(stage.stage == "projector" for stage in report.stages):
+        untouched[REFERENCE_NAME] = float(prefill_flops(REFERENCE_LLM, report.visual_before))
+        reduced[REFERENCE_NAME] = float(prefill_flops(REFERENCE_LLM, report.visual_after))
+        report.notes.append(
+            "prefill FLOPs are not measured: they are what the visual tokens alone would cost in "
+            "the language model of LLaVA-OneVision-7B (28 layers, width 3584)"
+        )
+    for parts in (untouched, reduced):
+        parts["total"] = sum(parts.values())
+    report.flops = {"untouched": untouched, "reduced": reduced}
+
+
+def _note_missing_stages(recipe: Recipe, report: Report) -> None:
+    for name, stage in stages_not_run(recipe):
+        report.notes.append(f"{name} at the {stage}: not run, needs a language model")
+
+
+def stages_not_run(recipe: Recipe) -> list[tuple[str, str]]:
+    """(method, stage) of everything in a recipe that acts inside a language model, or on frames."""
+    return [
+        (step.method.name, stage)
+        for step in recipe
+        for stage in step.stages
+        if stage not in ("encoder", "projector")
+    ]

@@ -1,0 +1,32 @@
+"""What people name on a command line: a video file, or a single picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from foveate.errors import UnsupportedVideoError
+from foveate.video import Clip
+
+_PICTURES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+
+
+def open_clip(source: Any) -> Clip:
+    """A clip of a video file, or of one frame when the file is a picture.
+
+    Raises:
+        VideoError: it cannot be read.
+    """
+    path = Path(source) if isinstance(source, (str, Path)) else None
+    if path is None or path.suffix.lower() not in _PICTURES or not path.is_file():
+        return Clip.open(source)
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as image:
+            upright = ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise UnsupportedVideoError(
+            f"cannot read the picture ({error})", source=str(path)
+        ) from error
+    return Clip([upright])
