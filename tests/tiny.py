@@ -8,6 +8,7 @@ Legend: T frames, P patches, B samples.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -459,10 +460,20 @@ def _build_tiles(
 def _collate_plain(family: str, rows: list[_Row]) -> dict[str, Tensor]:
     inputs = {}
     if images := [item["image"] for row in rows for item in row.images]:
-        inputs["pixel_values"] = torch.stack(images)
+        inputs[_image_argument(family)] = torch.stack(images)
     if videos := [item["video"] for row in rows for item in row.videos]:
         inputs["pixel_values_videos"] = torch.stack(videos)
     return inputs
+
+
+def _image_argument(family: str) -> str:
+    """Video-LLaVA called its images otherwise in transformers < 5.20."""
+    if family != "video_llava":
+        return "pixel_values"
+    from transformers import VideoLlavaModel
+
+    known = inspect.signature(VideoLlavaModel.forward).parameters
+    return "pixel_values" if "pixel_values" in known else "pixel_values_images"
 
 
 def _collate_anyres(family: str, rows: list[_Row]) -> dict[str, Tensor]:

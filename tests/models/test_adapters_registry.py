@@ -94,7 +94,7 @@ def test_a_family_registered_from_outside_works(target: str | type) -> None:
         features = model.model.get_image_features(pixels)
     features = getattr(features, "pooler_output", features)
     grids = adapter.grids(model, "image", {"pixel_values": pixels}, features)
-    assert [len(item) for item in adapter.split_features(features, grids)] == [9, 9]
+    assert [len(item) for item in adapter.split_features(model, features, grids)] == [9, 9]
     assert adapter.towers(model)["image"].feature_block == 2
     unregister_adapter("vipllava")
     with pytest.raises(UnknownModelError):

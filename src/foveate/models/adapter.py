@@ -23,7 +23,7 @@ __all__ = ["Adapter", "VisionTower"]
 
 PIXEL_ARGUMENTS: Mapping[str, tuple[str, ...]] = {
     "image": ("pixel_values", "pixel_values_images"),
-    "video": ("pixel_values_videos",),
+    "video": ("pixel_values_videos", "pixel_values"),  # the latter in transformers < 5.20
 }
 
 
@@ -177,8 +177,10 @@ class Adapter(ABC):
 
     # --- features -----------------------------------------------------------------------------
 
-    def split_features(self, features: Any, grids: Sequence[Grid]) -> list[Tensor]:
-        """`pooler_output` of a feature method as one tensor [N_i, C] per item.
+    def split_features(
+        self, model: nn.Module, features: Any, grids: Sequence[Grid]
+    ) -> list[Tensor]:
+        """`pooler_output` of a feature method, whatever its shape, as one tensor [N_i, C] per item.
 
         Raises:
             ValueError: the features do not have as many rows as the grids have tokens.
@@ -192,19 +194,6 @@ class Adapter(ABC):
                 f"{sum(counts)} ({counts}); the adapter {self.family!r} misreads the inputs."
             )
         return list(rows.split(counts))
-
-    def join_features(self, items: Sequence[Tensor], like: Any) -> Any:
-        """The inverse of `split_features`, also for items that have become shorter.
-
-        Args:
-            items: [M_i, C] per item.
-            like: what the feature method returned; the result has a shape that the family's
-                forward takes in its place.
-        """
-        if isinstance(like, Tensor):
-            rows = torch.cat(list(items))
-            return rows[None] if like.dim() == 3 else rows
-        return list(items) if len(items) == len(like) else [torch.cat(list(items))]
 
     # --- helpers for families -----------------------------------------------------------------
 

@@ -235,6 +235,17 @@ class LlavaOnevisionAdapter(_VideoPlanes):
         pooled = self.base(model).apply_pooling(scores_Thw.reshape(frames, -1, 1))  # pyright: ignore[reportCallIssue]
         return pooled.reshape(frames, -(-height // 2), -(-width // 2))
 
+    def split_features(
+        self, model: nn.Module, features: Any, grids: Sequence[Grid]
+    ) -> list[Tensor]:
+        total = sum(grid.num_tokens for grid in grids)
+        # In transformers < 5.20 the forward, not the feature method, closes a video.
+        if isinstance(features, Tensor) and features.shape[:-1].numel() == total - len(grids):
+            newline: Any = self.base(model).image_newline
+            newlines = newline.to(features).expand(len(grids), 1, -1)
+            features = torch.cat([features, newlines], dim=1)
+        return super().split_features(model, features, grids)
+
     def _tiles_per_image(self, model: nn.Module, arguments: Mapping[str, Any]) -> list[int]:
         tiles = super()._tiles_per_image(model, arguments)
         per_sample = arguments.get("batch_num_images")
