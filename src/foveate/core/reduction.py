@@ -1,4 +1,4 @@
-"""How N tokens became M: one value type for selecting, merging, transforming and synthesising tokens.
+"""How N tokens became M: one type for selecting, merging, transforming and synthesising tokens.
 
 Legend: B batch, N source tokens, M target tokens, D channels.
 """
@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+
+from foveate.ops.weighted_sum import weighted_group_sum
 
 ReductionKind = Literal["select", "merge", "transform", "synthesise"]
 
@@ -268,13 +270,8 @@ class Reduction:
         if self.kind == "merge":
             assert self.assignment_BN is not None and self.weight_BN is not None
             flat_BND = x_BN.reshape(*x_BN.shape[:2], -1)
-            dtype = torch.promote_types(flat_BND.dtype, torch.float32)
-            slot_BN = self.assignment_BN.where(self.assignment_BN >= 0, self.num_out)
-            weighted_BND = flat_BND.to(dtype) * self.weight_BN.to(dtype)[..., None]
-            out_BMD = weighted_BND.new_zeros(self.batch, self.num_out + 1, flat_BND.shape[-1])
-            index_BND = slot_BN[..., None].expand_as(weighted_BND)
-            out_BMD = out_BMD.scatter_add(1, index_BND, weighted_BND)[:, : self.num_out]
-            return out_BMD.to(x_BN.dtype).reshape(self.batch, self.num_out, *x_BN.shape[2:])
+            out_BMD = weighted_group_sum(flat_BND, self.assignment_BN, self.weight_BN, self.num_out)
+            return out_BMD.reshape(self.batch, self.num_out, *x_BN.shape[2:])
         return self._matmul(self._dense(), x_BN)
 
     def gather(self, x_BN: torch.Tensor, fill: float = 0.0) -> torch.Tensor:

@@ -109,7 +109,8 @@ def outer(
         clusters = min(ops.round_half_even(len(place_P) * effective), len(place_P))
         if clusters == 0:
             continue
-        mean_PC = feat_TNC[first : last + 1, place_P].float().mean(0)
+        # Averaging all places in one pass over the segment is faster than copying the static ones.
+        mean_PC = feat_TNC[first : last + 1].mean(0, dtype=torch.float32)[place_P]
         centre_m, member_P = ops.dpc_knn(mean_PC, clusters, k=neighbours)
         share_P = _shares(centre_m, member_P, beta, static_output)
         target_P = first * N + place_P[centre_m][member_P]
