@@ -1,0 +1,79 @@
+"""One row per registered method: what the shared suite needs to know to run it on tiny models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tiny import PACKED, TINY_FAMILIES
+
+#: Families whose adapter knows videos; others see frames as images.
+WITH_VIDEOS = (
+    "llava_next_video",
+    "llava_onevision",
+    "video_llava",
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "video_llama_3",
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """How to run one method on models of four decoder layers and four encoder blocks.
+
+    Attributes:
+        recipe: recipe text; arguments where the published ones need a deeper model.
+        stages: where it acts.
+        retain: the budget of the suite.
+        exact: `count` is exact on every layout of the tiny models.
+        merges: tokens are averaged, so they are no longer equal to any source.
+        families: families it runs on; elsewhere attaching is refused or nothing happens.
+        on_images: it acts on images; if not, only on videos.
+        reads_text: the prompt's text takes part in the choice.
+    """
+
+    recipe: str
+    stages: tuple[str, ...]
+    retain: float = 0.4
+    exact: bool = True
+    merges: bool = False
+    families: tuple[str, ...] = TINY_FAMILIES
+    on_images: bool = True
+    reads_text: bool = False
+
+
+#: Registry name -> row.
+METHOD_TABLE: dict[str, Row] = {
+    "aim": Row(
+        # Some tokens go before the third layer, all others before the fourth.
+        "aim(schedule=(1.0, 0.6, 0.0, 0.0))",
+        ("projector", "decoder"),
+        exact=False,
+        merges=True,
+        reads_text=True,
+    ),
+    "divprune": Row("divprune", ("projector",)),
+    "fastervlm": Row("fastervlm", ("projector",)),
+    "fastv": Row("fastv", ("decoder",), reads_text=True),
+    "holitom": Row(
+        "holitom(inner_layer=2, tau=0.5)",
+        ("projector", "decoder"),
+        exact=False,
+        merges=True,
+        families=WITH_VIDEOS,
+        on_images=False,
+        reads_text=True,
+    ),
+    "pool": Row("pool", ("projector",), merges=True),
+    "quickvideo": Row("quickvideo(group_frames=2)", ("cache",)),
+    "random": Row("random", ("projector",), exact=False),
+    "tome": Row(
+        "tome",
+        ("encoder",),
+        retain=0.6,
+        merges=True,
+        families=tuple(f for f in TINY_FAMILIES if f not in PACKED),
+    ),
+    "uniform": Row("uniform", ("projector",), exact=False),
+}
