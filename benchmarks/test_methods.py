@@ -1,8 +1,10 @@
 """Methods against plain transcriptions of their formulas; the ratio is the figure in brackets.
 
-    OMP_NUM_THREADS=2 python -m pytest benchmarks/test_methods.py --benchmark-enable \
-        --benchmark-columns=median,iqr,rounds --benchmark-sort=name
+    OMP_NUM_THREADS=1 python -m pytest benchmarks/test_methods.py --benchmark-enable \
+        --benchmark-timer=time.process_time --benchmark-columns=min,median,rounds \
+        --benchmark-sort=name
 
+CPU time of one thread varies least on a busy machine; leave the timer away for wall time.
 Without `--benchmark-enable` every case runs once and the two results are compared.
 """
 
