@@ -91,6 +91,12 @@ def make_video(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
+def written() -> Callable[..., Path]:
+    """`written(path, codec=..., frames=..., ...)`: the same for a path of one's own."""
+    return write_video
+
+
+@pytest.fixture(scope="session")
 def gop_video(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An h264 MP4 with B-frames and a keyframe every 12 frames: 60 frames in 6 s."""
     path = tmp_path_factory.mktemp("video") / "gop.mp4"

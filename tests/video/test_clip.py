@@ -59,6 +59,31 @@ def test_seeking_gives_the_same_pixels_as_reading_on(name, make_video, decoded):
         np.testing.assert_array_equal(as_hwc(frames), reference[wanted])
 
 
+@pytest.mark.parametrize("name", KINDS)
+def test_groups_of_a_plan_decode_by_themselves(name, make_video, decoded):
+    """Every group may go to a decoder of its own: what parallel decoding rests on."""
+    from foveate.video.decode import PyAVReader
+    from foveate.video.source import MediaSource
+    from foveate.video.table import plan
+
+    path = make_video(name, frames=50, **KINDS[name])
+    reference = decoded(path)
+    reader = PyAVReader(MediaSource(path), max_pixels=1 << 20, threads=1)
+    table = reader.scan().table
+    groups = plan(table, range(50), min_skip=-8)
+    assert len(groups) == (1 if table.by_order else max(int(table.key_F.sum()), 1))
+    picture = torch.empty(3, 48, 64, dtype=torch.uint8)
+    for group in reversed(groups):
+        given = set()
+        for rank, write, is_corrupt in reader.decode([group]):
+            if rank in group.ranks:
+                write(picture)
+                given.add(rank)
+                np.testing.assert_array_equal(picture.permute(1, 2, 0).numpy(), reference[rank])
+                assert not is_corrupt
+        assert given == set(group.ranks)
+
+
 @pytest.mark.parametrize("name", ["bikes", "bigbuckbunny", "carphone"])
 def test_real_clips_equal_a_plain_decode(name, real_clip, decoded):
     path = real_clip(name)

@@ -317,13 +317,31 @@ def test_damage_in_a_stream_belongs_to_its_chunk(gop_video):
     assert any(c.damage.missing for c in chunks[2:4])
 
 
+@pytest.fixture(scope="module")
+def fuzz_seeds(tmp_path_factory, gop_video, written):
+    """Small sound files of several containers, as bytes."""
+    folder = tmp_path_factory.mktemp("fuzz")
+    kinds = {
+        "ts": {"options": {"g": "8", "bf": "2"}},
+        "mkv": {"options": {"g": "8", "bf": "2"}},
+        "gif": {"codec": "gif", "pixel_format": "rgb8"},
+        "mpg": {"codec": "mpeg2video", "rate": 25},
+    }
+    made = {k: written(folder / f"seed.{k}", frames=20, **v).read_bytes() for k, v in kinds.items()}
+    return {"mp4": gop_video.read_bytes(), **made}
+
+
 @settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-@given(seed=st.integers(0, 2**32), kind=st.sampled_from(["garbage", "flips", "splice", "head"]))
-def test_fuzz_never_crashes(seed, kind, gop_video):
+@given(
+    seed=st.integers(0, 2**32),
+    kind=st.sampled_from(["garbage", "flips", "splice", "head"]),
+    suffix=st.sampled_from(["mp4", "ts", "mkv", "gif", "mpg"]),
+)
+def test_fuzz_never_crashes(seed, kind, suffix, fuzz_seeds):
     dice = random.Random(seed)
-    data = bytearray(gop_video.read_bytes())
+    data = bytearray(fuzz_seeds[suffix])
     if kind == "garbage":
         data = bytearray(dice.randbytes(dice.randrange(1, 4000)))
     elif kind == "flips":
@@ -384,3 +402,61 @@ def test_sample_clip(real_clip, monkeypatch):
     monkeypatch.setattr(metadata, "distribution", gone)
     with pytest.raises(MissingDependencyError, match=r"foveate\[demo\]"):
         sample_clip()
+
+
+def test_an_unknown_colour_description_is_passed_over(gop_video):
+    from foveate.video.decode import _Writer
+    from foveate.video.orientation import Orientation
+
+    with av.open(str(gop_video)) as container:
+        frame = next(container.decode(video=0))
+    converter = av.video.reformatter.VideoReformatter()
+    expected, got = torch.empty(2, 3, 48, 64, dtype=torch.uint8)
+    _Writer(frame, converter, Orientation(), "BICUBIC")(expected)
+
+    class Refuses:
+        def reformat(self, frame, *args, **options):
+            if frame.color_trc != 2:
+                raise av.error.OSError(95, "Operation not supported")
+            return converter.reformat(frame, *args, **options)
+
+    frame.color_trc = 1
+    _Writer(frame, Refuses(), Orientation(), "BICUBIC")(got)
+    assert torch.equal(got, expected)
+
+    class AlwaysRefuses:
+        def reformat(self, *args, **options):
+            raise av.error.OSError(95, "Operation not supported")
+
+    with pytest.raises(DamagedVideoError, match="yuv420p"):
+        _Writer(frame, AlwaysRefuses(), Orientation(), "BICUBIC")(got)
+
+
+def test_demuxing_goes_on_after_trouble_but_not_for_ever():
+    from types import SimpleNamespace
+
+    from foveate.video.packets import demux
+
+    class Container:
+        """Packets 0, 1, 2, ...; some calls fail first."""
+
+        def __init__(self, troubles):
+            self.troubles = troubles
+            self.next = 0
+
+        def demux(self, stream):
+            while self.next < 6:
+                self.next += 1
+                yield SimpleNamespace(size=self.next)
+                if self.troubles:
+                    raise self.troubles.pop()
+
+    broken = av.error.InvalidDataError(1, "broken")
+    some = Container([broken, IndexError("a late track"), broken])
+    assert [packet.size for packet in demux(some, None)] == [1, 2, 3, 4, 5, 6]
+
+    class Hopeless:
+        def demux(self, stream):
+            raise broken
+
+    assert list(demux(Hopeless(), None)) == []

@@ -68,6 +68,9 @@ def test_leading_frames_need_the_keyframe_before():
     assert (group.seek_pts, group.key_rank, group.start, group.stop) == (60, 6, 4, 8)
     # After frame 5 the decoder has passed keyframe 6 already.
     assert len(plan(table, [5, 7], min_skip=0)) == 1
+    # In parallel the second run would decode packets 4 to 6 again.
+    assert [g.start for g in plan(table, [5, 7], min_skip=-3)] == [0, 4]
+    assert len(plan(table, [5, 7], min_skip=-2)) == 1
 
 
 def test_streams_without_times_are_read_from_the_head():

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from foveate.errors import (
+    DamagedVideoError,
     FrameTooLargeError,
     NoVideoStreamError,
     TruncatedVideoError,
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
 # Packets to try for a first picture, which alone tells the rotation.
 _PROBE_PACKETS = 64
+# The code for "unspecified" in FFmpeg's enumerations of colour.
+_UNSPECIFIED = 2
 
 
 class Decoded(NamedTuple):
@@ -237,8 +240,23 @@ class _Writer:
 
     def __call__(self, out_CHW: Tensor) -> None:
         height, width = self.orientation.size(*out_CHW.shape[-2:])
-        rgb = self.converter.reformat(
-            self.frame, width, height, format="rgb24", interpolation=self.interpolation
-        )
+        try:
+            rgb = self._convert(height, width)
+        except import_av().error.FFmpegError:
+            # A colour description that is damaged or unknown: go by the pixel format alone.
+            for field in ("colorspace", "color_primaries", "color_trc"):
+                with suppress(AttributeError, ValueError):
+                    setattr(self.frame, field, _UNSPECIFIED)
+            try:
+                rgb = self._convert(height, width)
+            except import_av().error.FFmpegError as error:
+                raise DamagedVideoError(
+                    f"a picture in {self.frame.format.name} cannot be converted to RGB ({error})"
+                ) from error
         rgb_CHW = torch.from_numpy(rgb.to_ndarray()).permute(2, 0, 1)
         out_CHW.copy_(self.orientation.apply(rgb_CHW))
+
+    def _convert(self, height: int, width: int) -> VideoFrame:
+        return self.converter.reformat(
+            self.frame, width, height, format="rgb24", interpolation=self.interpolation
+        )

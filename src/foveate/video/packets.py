@@ -50,6 +50,10 @@ def demux(container: InputContainer, stream: VideoStream) -> Iterator[Any]:
             return
         except av.error.FFmpegError:
             failures += 1
+        except IndexError:
+            # PyAV knows no track that turns up after the header (transport streams); that packet
+            # is gone, the next call goes on after it.
+            continue
 
 
 def decode_packet(stream: VideoStream, packet: Any) -> Iterator[VideoFrame]:

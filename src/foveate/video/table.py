@@ -164,8 +164,9 @@ def plan(table: PacketTable, ranks: Iterable[int], *, min_skip: int = MIN_SKIP) 
 
     A run goes on forward as long as the next wanted frame's keyframe is not ahead of what is
     decoded anyway; a new run (a seek) starts where at least ``min_skip`` packets would be decoded
-    for nothing. ``min_skip=0`` starts a run at every keyframe whose group of pictures holds a
-    wanted frame. O(n log n) for n wanted frames.
+    for nothing. ``min_skip=0`` starts a run at every keyframe that is still ahead; below zero, runs
+    may also decode up to that many packets twice, so that they can go to decoders of their own even
+    where groups of pictures are open. O(n log n) for n wanted frames.
 
     Args:
         table: the packet table.
@@ -192,7 +193,8 @@ def plan(table: PacketTable, ranks: Iterable[int], *, min_skip: int = MIN_SKIP) 
     start = np.where(key >= 0, table.position_F[key], 0)
     # Packets between what the run before has decoded and the keyframe; negative if it is behind.
     skipped = start - 1 - np.concatenate(([-1], needed[:-1]))
-    seeks = (start > 0) & (skipped >= min_skip) & (skipped >= 0)
+    is_next = key != np.concatenate(([-1], key[:-1]))
+    seeks = is_next & (start > 0) & (skipped >= min_skip)
     edges = sorted({0, len(wanted), *np.flatnonzero(seeks).tolist()})
     return [
         Group(
