@@ -201,12 +201,12 @@ def test_inner_reads_the_attention_through_what_was_dropped() -> None:
     assert reduction.anchor_BM.tolist() == [[0, 2]]  # scores 5, 1, 4, 2
 
 
-def test_samples_of_images_are_left_alone_inside() -> None:
+def test_images_are_left_alone() -> None:
     grid = LAYOUTS["image"]
     before = context_for(grid, Budget(retain=0.3))
-    assert HoliTom().projector(item(grid), before) is None
+    assert HoliTom().projector(item(grid), before) is None and not before.state
     view = view_of(torch.rand(10), torch.arange(2, 8))
-    context = decoder_context(view, 5, state=before.state)
-    assert HoliTom(inner_layer=5).decoder(Tokens(noise(1, 6, 4)), context) is None
-    context.state.clear()
-    assert HoliTom(inner_layer=5).decoder(Tokens(noise(1, 6, 4)), context) is not None
+    method, tokens = HoliTom(inner_layer=5), Tokens(noise(1, 6, 4))
+    for modalities, acts in (({"image"}, False), ({"image", "video"}, True), (set(), True)):
+        context = decoder_context(view, 5, modalities=frozenset(modalities))
+        assert (method.decoder(tokens, context) is not None) is acts

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from foveate.core.budget import Budget
-from foveate.core.grid import Grid
+from foveate.core.grid import Grid, Modality
 from foveate.errors import MissingSignalError
 
 #: Signals that a projector-stage method can declare in `needs`; all are float32 [1, N] maps in the
@@ -152,6 +152,7 @@ class DecoderContext(Context):
         num_layers: decoder layers.
         num_visual: visual tokens of the sample when they entered the language model.
         num_text: other tokens of the sample in this call.
+        modalities: what the visual tokens come from ("image", "video"); empty when unknown.
         visual_N: positions of the surviving visual tokens in the sample's sequence, int64 [N].
         attention: `attention(layer)` gives the `AttentionView` of an earlier declared layer over
             the tokens that layer saw; `survivors` maps it to the current tokens.
@@ -163,6 +164,7 @@ class DecoderContext(Context):
     num_layers: int = 1
     num_visual: int = 0
     num_text: int = 0
+    modalities: frozenset[Modality] = frozenset()
     visual_N: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     attention: Callable[[int], AttentionView] = lambda layer: _no_attention(layer)
     survivors: Callable[[int], torch.Tensor] = lambda layer: torch.empty(0, dtype=torch.long)

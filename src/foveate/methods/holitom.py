@@ -297,7 +297,6 @@ class HoliTom(Method):
     def projector(self, tokens: Tokens, context: ProjectorContext) -> Reduction | None:
         """Reduce one video; its segments go to `context.state` ("segments", "static")."""
         grid = context.grid
-        context.state.setdefault("modalities", set()).add(grid.modality)
         if grid.modality == "image" or context.budget.is_full:
             return None
         if not grid.is_uniform:
@@ -353,7 +352,7 @@ class HoliTom(Method):
 
     def decoder(self, tokens: Tokens, context: DecoderContext) -> Reduction | None:
         """Merge the visual tokens of one sample before `context.layer`."""
-        images_only = context.state.get("modalities") == {"image"}
+        images_only = context.modalities == {"image"}
         if tokens.num_tokens == 0 or context.budget.is_full or images_only:
             return None
         before = context.layer - 1

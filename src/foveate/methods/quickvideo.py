@@ -83,6 +83,11 @@ class QuickVideo(Method):
     Raises:
         ValueError: a value is out of range.
 
+    Example:
+        >>> from foveate.core import Budget
+        >>> QuickVideo().kept(96, Budget(retain=0.2)), QuickVideo(top_k=8).kept(96, Budget(0.2))
+        (19, 8)
+
     Source: arXiv 2505.16175, section 3.3, and the released code for the options.
     """
 
