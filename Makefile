@@ -58,8 +58,11 @@ format: $(VENV)/.dev ## fix what ruff can fix
 docs: $(VENV)/.dev ## build the documentation into site/, failing on any warning
 	$(PY) -m mkdocs build --strict --quiet
 
-bench: $(VENV)/.dev ## run the benchmarks and print their tables
-	@for script in benchmarks/bench_*.py; do echo "== $$script"; $(PY) "$$script" $(ARGS) || exit 1; done
+bench: $(VENV)/.dev ## run the benchmarks and print their tables (minutes)
+	$(PY) -m pytest benchmarks --benchmark-enable --benchmark-columns=min,median,rounds \
+	  --benchmark-sort=name --timeout=0 $(ARGS)
+	@for script in $$(ls benchmarks/*.py | grep -v /test_); do \
+	  echo "== $$script"; $(PY) "$$script" || exit 1; done
 
 clean: ## remove the environment and everything that was built
 	rm -rf $(VENV) site dist build $(REPORT)

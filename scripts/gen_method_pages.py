@@ -1,4 +1,4 @@
-"""Write the documentation pages that come from code: one per method, one per package.
+"""Write the documentation pages that come from code: methods, packages and the command.
 
 mkdocs loads this file as a hook (`hooks:` in mkdocs.yml), so the pages are made on every build and
 never stored. From the shell, `python scripts/gen_method_pages.py holitom` prints one page and
@@ -7,8 +7,10 @@ never stored. From the shell, `python scripts/gen_method_pages.py holitom` print
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
+import io
 import sys
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -219,9 +221,30 @@ def api_packages() -> list[str]:
     )
 
 
+def cli_page() -> str:
+    """Markdown page with the help texts of the command."""
+    import typer
+
+    from foveate.cli.app import app, run
+
+    names = list(typer.main.get_group(app).commands)
+    parts = [
+        "# Command line",
+        '`pip install "foveate[video,cli]"` brings the command. Every option below is also '
+        "printed by `--help`; `--json` prints one document for machines. Exit codes: 0 fine, 2 bad "
+        "input, 130 interrupted.",
+    ]
+    for arguments in [[], *([name] for name in names)]:
+        with contextlib.redirect_stdout(io.StringIO()) as text:
+            run([*arguments, "--help"])
+        parts.append(f"## foveate {' '.join(arguments)}\n\n```text\n{text.getvalue().strip()}\n```")
+    return "\n\n".join(parts) + "\n"
+
+
 def generated_pages() -> dict[str, str]:
     """Every generated page: path below docs/ -> Markdown."""
     pages = {"methods/index.md": methods_index(), "api/index.md": api_index()}
+    pages["cli.md"] = cli_page()
     pages |= {f"methods/{name}.md": method_page(name) for name in list_methods()}
     pages |= {f"api/{package}.md": api_page(package) for package in api_packages()}
     return pages

@@ -58,3 +58,18 @@ def test_known_families_are_all_listed() -> None:
     section = page.partition("## Known families")[2].partition("\n## ")[0]
     listed = set(re.findall(r"`(\w+)`", section)) - {"UnknownModelError"}
     assert listed == set(adapters._ADAPTERS)
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, ROOT / "Makefile"], ids=lambda path: path.name)
+def test_commands_in_the_documents_exist(document: Path) -> None:
+    import typer
+
+    from foveate.cli.app import app
+
+    commands = typer.main.get_group(app).commands
+    text = document.read_text(encoding="utf-8").replace("\\\n", " ")
+    for name, rest in re.findall(r"(?:^|[`/])foveate (\w+)([^`\n]*)", text, re.MULTILINE):
+        assert name in commands, f"{document.name}: foveate {name}"
+        known = {option for param in commands[name].params for option in param.opts}
+        used = set(re.findall(r"(?<=\s)--?[a-z][\w-]*", rest))
+        assert used <= known, f"{document.name}: foveate {name} has no {sorted(used - known)}"

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import inspect
 import re
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -18,13 +19,19 @@ ROOT = Path(__file__).parents[2]
 BUILTIN = sorted(_BUILTIN)
 
 
-@pytest.fixture(scope="module")
-def pages() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("pages", ROOT / "scripts/gen_method_pages.py")
+def load(path: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    name = Path(path).stem
+    spec = importlib.util.spec_from_file_location(name, ROOT / path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def pages(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return load("scripts/gen_method_pages.py", monkeypatch)
 
 
 def test_registry_lists_the_methods_of_the_package() -> None:
@@ -32,6 +39,13 @@ def test_registry_lists_the_methods_of_the_package() -> None:
     named = {target.split(":")[0].rpartition(".")[2] for target in _BUILTIN.values()}
     assert named == {name for name in files if not name.startswith("_")}
     assert set(BUILTIN) <= set(list_methods())
+
+
+def test_shared_suite_has_a_row_for_every_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = load("tests/attach/method_table.py", monkeypatch).METHOD_TABLE
+    assert sorted(table) == BUILTIN
+    for name, row in table.items():
+        assert set(row.stages) == set(get_method(name).stages()), name
 
 
 @pytest.mark.parametrize("name", BUILTIN)
