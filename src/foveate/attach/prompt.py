@@ -204,7 +204,7 @@ class PromptReducer:
         spent = self.report.seconds.get("projector", 0.0)
         if all(plan.unchanged for plan in plans):
             self.report.seconds["projector"] = spent + time.perf_counter() - begin
-            visual = [plan.visual for plan in plans]
+            visual = [_in_place(plan.visual, items[b]) for b, plan in enumerate(plans)]
             ids = [torch.arange(rows.shape[0], device=device) for rows in all_rows]
             return embeds_BLD, Sequence(length, valid_BL, visual, ids), position_PBL, None
         layout = Layout([plan.source_S for plan in plans])
@@ -283,8 +283,6 @@ class PromptReducer:
         for out in outs:
             rows.append(landed[start : start + out[0].shape[0]])
             start += out[0].shape[0]
-        if unchanged:
-            rows = [item.rows_N for item in items]
         for level, parts in zip(deepstack, level_parts, strict=True):
             if parts:
                 # Deepstack features follow their tokens' order in the sequence.
@@ -329,6 +327,14 @@ class _SamplePlan:
     new_columns: torch.Tensor
     new_features: torch.Tensor | None
     unchanged: bool
+
+
+def _in_place(visual: VisualRows, items: list[VisualItem]) -> VisualRows:
+    """The same tokens at the columns of the incoming prompt, padding included."""
+    if not items:
+        return visual
+    rows_N = torch.cat([item.rows_N for item in items]).sort().values
+    return visual.take(torch.arange(visual.num, device=rows_N.device), rows_N)
 
 
 def _remaining_grid(grid: Grid, tokens: Tokens) -> Grid:
