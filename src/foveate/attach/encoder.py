@@ -115,6 +115,12 @@ class EncoderStage:
             handles.append(
                 block.register_forward_pre_hook(self._before_block(index), with_kwargs=True)
             )
+            # First of all, so that whoever records this attention sees the weights it works with.
+            handles.append(
+                tower.attentions[index].register_forward_pre_hook(
+                    self._before_attention(index), with_kwargs=True, prepend=True
+                )
+            )
             handles += TowerTap(tower, index, self._on_attention(index)).handles
             handles.append(
                 tower.mlp_inputs[index].register_forward_pre_hook(self._before_mlp(index))
@@ -134,9 +140,6 @@ class EncoderStage:
             self.finished(run)
 
     def _before_block(self, index: int) -> Callable:
-        accepted = inspect.signature(self.tower.blocks[index].forward).parameters
-        position = list(accepted).index("attention_mask") if "attention_mask" in accepted else None
-
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
             run = self.run
             if run is None:
@@ -146,25 +149,35 @@ class EncoderStage:
                 run.num_images, run.num_tokens = x_BND.shape[:2]
             x_BND, changed = self._reduce_at("block_start", index, x_BND)
             run.attention_lengths.append(x_BND.shape[1])
-            bias = self._size_bias(x_BND)
-            if bias is None and not changed:
+            if not changed:
                 return None
-            args = (x_BND, *args[1:]) if args else args
-            kwargs = dict(kwargs) if args else {**kwargs, "hidden_states": x_BND}
-            if bias is not None:
-                if position is None:
-                    raise AttachmentError(
-                        f"{type(module).__name__} takes no attention mask in this release of "
-                        "transformers, so merged tokens cannot weigh more in attention: upgrade "
-                        "transformers or pass prop_attn=False."
-                    )
-                if position < len(args):
-                    _refuse_mask(args[position])
-                    args = (*args[:position], bias, *args[position + 1 :])
-                else:
-                    _refuse_mask(kwargs.get("attention_mask"))
-                    kwargs["attention_mask"] = bias
-            return args, kwargs
+            if args:
+                return (x_BND, *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": x_BND}
+
+        return hook
+
+    def _before_attention(self, index: int) -> Callable:
+        accepted = list(inspect.signature(self.tower.attentions[index].forward).parameters)
+        position = accepted.index("attention_mask") if "attention_mask" in accepted else None
+
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+            size_BN = self.sizes()
+            if size_BN is None:
+                return None
+            if position is None:
+                raise AttachmentError(
+                    f"{type(module).__name__} takes no attention mask in this release of "
+                    "transformers, so merged tokens cannot weigh more in attention: upgrade "
+                    "transformers or pass prop_attn=False."
+                )
+            x_BND = args[0] if args else kwargs["hidden_states"]
+            bias = size_BN.log()[:, None, None].to(x_BND.dtype)
+            if position < len(args):
+                _refuse_mask(args[position])
+                return (*args[:position], bias, *args[position + 1 :]), kwargs
+            _refuse_mask(kwargs.get("attention_mask"))
+            return args, {**kwargs, "attention_mask": bias}
 
         return hook
 
@@ -258,15 +271,13 @@ class EncoderStage:
             run.captured = None
         return x_BND, changed
 
-    def _size_bias(self, x_BND: torch.Tensor) -> torch.Tensor | None:
+    def sizes(self) -> torch.Tensor | None:
+        """How many tokens each present one stands for, [B, N], where attention weighs by it."""
         run = self.run
-        assert run is not None
-        proportional = any(
-            getattr(method, "proportional_attention", False) for _, method in self.steps
-        )
-        if not proportional or run.restored or run.tokens is None or run.tokens.size_BN is None:
+        if run is None or run.restored or run.tokens is None:
             return None
-        return run.tokens.size_BN.log()[:, None, None].to(x_BND.dtype)
+        proportional = any(getattr(m, "proportional_attention", False) for _, m in self.steps)
+        return run.tokens.size_BN if proportional else None
 
 
 def _with_features(tokens: Tokens, x_BND: torch.Tensor) -> Tokens:
