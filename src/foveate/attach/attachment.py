@@ -1,25 +1,21 @@
-"""`foveate.reduce`: put a recipe on an unmodified transformers model, and take it off without a trace."""
+"""`foveate.reduce`: put a recipe on an unmodified transformers model, and take it off again."""
 
 from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Sequence as Samples
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Samples
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import nn
 
-from foveate.attach.cache import adopt, is_managed, refuse_unsupported
-from foveate.attach.decoder import DecoderCall, StepPlan
 from foveate.attach.encoder import EncoderRun, EncoderStage
-from foveate.attach.features import ENCODER_SIGNALS, FeatureWatch
-from foveate.attach.masks import MaskMaker
-from foveate.attach.prompt import PromptReducer, find_items
+from foveate.attach.features import FeatureRecord, FeatureWatch
+from foveate.attach.language import LanguageSettings, LanguageStage
 from foveate.attach.reporting import CostModel, describe_budget, note_encoder
-from foveate.attach.sequence import Sequence
-from foveate.core import Budget, Method, Recipe, Report
+from foveate.core import Budget, Method, Recipe, Reduction, Report
 from foveate.errors import AttachmentError, MissingSignalError
 from foveate.models.adapter import Adapter
 from foveate.models.encoders import EncoderAdapter
@@ -42,7 +38,7 @@ def reduce(
     seed: int = 0,
     **arguments: Any,
 ) -> Attachment:
-    """Attach a recipe to a model; use it as a context manager, or keep the handle and `remove()` it.
+    """Attach a recipe to a model: a context manager, or a handle with `remove()`.
 
     Args:
         model: a transformers vision-language model of a known family, or a vision encoder alone.
@@ -109,6 +105,7 @@ class Attachment:
         self._hooked: list[nn.Module] = []
         self._watch: FeatureWatch | None = None
         self._local = threading.local()
+        self._encoder_run: EncoderRun | None = None
         with _LOCK:
             self._refuse_double()
             try:
@@ -188,6 +185,10 @@ class Attachment:
             _HOOKED[module] = str(self.recipe)
             self._hooked.append(module)
 
+    def _new_report(self) -> Report:
+        name = type(self.model).__name__
+        return Report(name, str(self.recipe), describe_budget(self.budget))
+
     # -- encoder alone --------------------------------------------------------------------------
 
     def _attach_encoder_alone(self, adapter: EncoderAdapter, restore: bool) -> None:
@@ -204,9 +205,7 @@ class Attachment:
         self._check_scalar_budget()
 
         def finished(run: EncoderRun) -> None:
-            self.report = Report(
-                type(self.model).__name__, str(self.recipe), describe_budget(self.budget)
-            )
+            self.report = self._new_report()
             note_encoder(self.report, self.recipe, [run])
             costs.encoder_alone(self.report, run)
             self._encoder_run = run
@@ -230,38 +229,31 @@ class Attachment:
             )
 
     @property
-    def encoder_reduction(self) -> Any:
+    def encoder_reduction(self) -> Reduction | None:
         """The composed `Reduction` of the last encoder call (prefix tokens included), or None.
 
         `run.encoder_reduction.restore(last_hidden_state)` brings dense features back.
         """
-        run = getattr(self, "_encoder_run", None)
-        return None if run is None else run.reduction
+        return None if self._encoder_run is None else self._encoder_run.reduction
 
     # -- language model -------------------------------------------------------------------------
 
     def _attach_language_model(self, adapter: Adapter) -> None:
-        layers = adapter.layers(self.model)
-        attentions = adapter.text_attentions(self.model)
         towers = adapter.towers(self.model)
+        unique = list({id(tower): tower for tower in towers.values()}.values())
         self._check_scalar_budget()
         self._check_text_model(adapter)
-        plans = self._plan_layers(len(layers))
-        depth = next(iter(towers.values())).feature_block + 1
+        num_layers = len(adapter.layers(self.model))
         for step in self.recipe:
-            step.method.check(depth, len(layers))
-        signals = self._signals(adapter, towers)
-        self._costs = CostModel(self.model, has_text=True)
+            step.method.check(unique[0].feature_block + 1, num_layers)
+        signals = self._signals(adapter, all(tower.has_cls for tower in unique))
         stages: list[EncoderStage] = []
         if self.recipe.at("encoder"):
-            for tower in {id(t): t for t in towers.values()}.values():
-                stages.append(self._encoder_stage(tower, True, self._note_encoder_run))
+            stages = [self._encoder_stage(tower, True, self._note_encoder_run) for tower in unique]
 
-        def restore_scores(score_BP: torch.Tensor) -> torch.Tensor:
-            for stage in stages:
-                if stage.run is not None:
-                    return stage.unmerge_scores(score_BP)
-            return score_BP
+        def restore_scores(score_BP: Any) -> Any:
+            running = [stage for stage in stages if stage.run is not None]
+            return running[0].unmerge_scores(score_BP) if running else score_BP
 
         self._watch = FeatureWatch(
             self.model, adapter, signals, restore_scores, lambda: self.active
@@ -269,7 +261,27 @@ class Attachment:
         self._handles += self._watch.install()
         for stage in stages:
             self._handles += stage.install()
-        self._hook_language_model(adapter, layers, attentions, plans)
+        costs = CostModel(self.model, has_text=True)
+
+        def publish(report: Report, records: list[FeatureRecord], runs: list[EncoderRun]) -> None:
+            note_encoder(report, self.recipe, runs)
+            costs.language_model(report, records, runs)
+            self.report = report
+
+        settings = LanguageSettings(
+            recipe=self.recipe,
+            budget=lambda: self._budget,
+            step_budget=lambda index: self._budgets[index],
+            active=lambda: self.active,
+            new_report=self._new_report,
+            publish=publish,
+            mask_only=self.mask_only,
+            seed=self.seed,
+        )
+        language = LanguageStage(
+            self.model, adapter, self._watch, settings, self._take_encoder_runs
+        )
+        self._handles += language.install()
 
     def _check_text_model(self, adapter: Adapter) -> None:
         config = adapter.text_config(self.model)
@@ -281,9 +293,10 @@ class Attachment:
                 "attention is supported."
             )
 
-    def _signals(self, adapter: Adapter, towers: dict[str, Any]) -> set[str]:
+    def _signals(self, adapter: Adapter, has_cls: bool) -> set[str]:
+        """The encoder signals to compute: of alternatives, the first that this model has."""
         available = {"encoder.received_attention", "text.embeddings", "text.tokens"}
-        if all(tower.has_cls for tower in towers.values()):
+        if has_cls:
             available.add("encoder.cls_attention")
         chosen: set[str] = set()
         for index in self.recipe.at("projector"):
@@ -298,347 +311,11 @@ class Attachment:
                 chosen.add(found[0])
         return chosen
 
-    def _plan_layers(self, num_layers: int) -> dict[str, list[StepPlan]]:
-        plans: dict[str, list[StepPlan]] = {"decoder": [], "cache": []}
-        for index in self.recipe.at("decoder"):
-            method = self.recipe.steps[index].method
-            layers = frozenset(method.decoder_layers(num_layers))
-            wrong = [layer for layer in layers if not 0 <= layer < num_layers]
-            if wrong:
-                raise AttachmentError(
-                    f"{method.name} wants to act before layer {wrong[0]} of {num_layers}."
-                )
-            plans["decoder"].append(StepPlan(index, method, layers, self._sample_budget(index)))
-        for index in self.recipe.at("cache"):
-            method = self.recipe.steps[index].method
-            plans["cache"].append(
-                StepPlan(index, method, frozenset(range(num_layers)), self._sample_budget(index))
-            )
-        return plans
-
-    def _sample_budget(self, index: int) -> Callable[[int], Budget]:
-        return lambda sample: self._budgets[index].sample(sample, self._repeats)
-
-    @property
-    def _repeats(self) -> int:
-        return getattr(self._local, "repeats", 1)
-
     def _note_encoder_run(self, run: EncoderRun) -> None:
-        self._local.encoder_runs = [*getattr(self._local, "encoder_runs", []), run]
+        self._local.encoder_runs = [*self._take_encoder_runs(), run]
         self._encoder_run = run
 
-    # -- hooks on the language model ------------------------------------------------------------
-
-    def _hook_language_model(
-        self,
-        adapter: Adapter,
-        layers: tuple[nn.Module, ...],
-        attentions: tuple[nn.Module, ...],
-        plans: dict[str, list[StepPlan]],
-    ) -> None:
-        self._plans = plans
-        declared: set[int] = set()
-        for plan in plans["decoder"]:
-            declared |= set(plan.method.attention_layers(len(layers)))
-        self._attention_layers = frozenset(declared)
-        base, text = adapter.base(self.model), adapter.language_model(self.model)
-        register = self._handles.append
-        if self.model is not base:
-            register(self.model.register_forward_pre_hook(self._refuse_labels, with_kwargs=True))
-        register(base.register_forward_pre_hook(self._enter_base, with_kwargs=True))
-        register(base.register_forward_hook(self._leave_base, always_call=True))
-        register(text.register_forward_pre_hook(self._enter_text, with_kwargs=True))
-        for index, layer in enumerate(layers):
-            register(layer.register_forward_pre_hook(self._enter_layer(index), with_kwargs=True))
-            register(layer.register_forward_hook(self._leave_layer(index), prepend=True))
-        for index in sorted(declared):
-            attention = attentions[index]
-            for name in ("q", "k"):
-                projection = attention.get_submodule(f"{name}_proj")
-                register(projection.register_forward_hook(self._note(index, name)))
-            register(attention.register_forward_hook(self._leave_attention(index)))
-
-    @property
-    def _call(self) -> DecoderCall | None:
-        return getattr(self._local, "call", None)
-
-    def _refuse_labels(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if kwargs.get("labels") is not None and self.active:
-            raise AttachmentError(
-                "labels have the length of the full prompt, the logits of a reduced call do not. "
-                "Compute the loss outside, or set retain=1 while training."
-            )
-
-    def _enter_base(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self._local.call = None
-        self._local.placeholders = None
-        self._local.text_ids = None
-        if not self.active:
-            return
-        has_features = bool(kwargs.get("mm_encoder_outputs")) or any(
-            value is not None for name, value in kwargs.items() if name.startswith("pixel_values")
-        )
-        if not has_features:
-            return
-        adapter = self._adapter
-        assert isinstance(adapter, Adapter)
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        token_ids = adapter.placeholder_ids(self.model)
-        if ids is not None:
-            self._local.placeholders = {m: ids == token for m, token in token_ids.items()}
-            self._local.text_ids = ids
-            return
-        embeds = kwargs["inputs_embeds"]
-        table = adapter.language_model(self.model).get_input_embeddings()
-        device = embeds.device
-        self._local.placeholders = {
-            m: (embeds == table(torch.tensor(token, device=device))).all(-1)
-            for m, token in token_ids.items()
-        }
-
-    def _leave_base(self, module: nn.Module, args: tuple, output: Any) -> None:
-        call, self._local.call = self._call, None
-        self._local.placeholders = None
-        if call is not None and call.items and output is not None:
-            runs = getattr(self._local, "encoder_runs", [])
-            self._local.encoder_runs = []
-            note_encoder(call.report, self.recipe, runs)
-            self._costs.language_model(call.report, self._local.records.values(), runs)
-            self.report = call.report
-
-    def _enter_text(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        placeholders = self._local.placeholders
-        cache = kwargs.get("past_key_values")
-        has_visual = placeholders is not None
-        if not has_visual and not is_managed(cache):
-            return None
-        kwargs = dict(kwargs)
-        embeds = kwargs.get("inputs_embeds")
-        if embeds is None:
-            ids = kwargs.pop("input_ids", None)
-            ids = args[0] if ids is None and args else ids
-            args, embeds = (), module.get_input_embeddings()(ids)
-        kwargs["input_ids"] = None
-        mask = kwargs.get("attention_mask")
-        if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() != 2):
-            raise AttachmentError(
-                "Reducing needs the 2-D attention mask [batch, tokens] (or none), this call "
-                "passes one prepared for full-length layers. Drop it, or compile outside."
-            )
-        entered = self._prefill if has_visual else self._continue
-        return args, entered(module, embeds, kwargs)
-
-    def _prefill(
-        self, module: nn.Module, embeds: torch.Tensor, kwargs: dict[str, Any]
-    ) -> dict[str, Any]:
-        assert self._watch is not None
-        adapter = self._adapter
-        assert isinstance(adapter, Adapter)
-        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
-        config: Any = module.config
-        use_cache = kwargs.get("use_cache")
-        use_cache = config.use_cache if use_cache is None else use_cache
-        if cache is not None:
-            refuse = None if is_managed(cache) else refuse_unsupported
-            if refuse is not None:
-                refuse(cache)
-        report = Report(type(self.model).__name__, str(self.recipe), describe_budget(self.budget))
-        records = self._local.records = self._watch.take()
-        items = find_items(self._local.placeholders, records, report)
-        batch, length = embeds.shape[:2]
-        described = sum(len(record.grids) for record in records.values())
-        shown = sum(len(sample) for sample in items)
-        self._local.repeats = max(1, shown // max(described, 1))
-        self._check_samples(batch)
-        report.layer_lengths = [[] for _ in range(batch)]
-        report.cache_lengths = [[] for _ in range(batch)]
-        if cache is not None or use_cache:
-            cache = adopt(cache, config, len(adapter.layers(self.model)), mask)
-        valid = None if mask is None else mask[:, -length:].bool()
-        if valid is not None and bool(valid.all()):
-            valid = None
-        seen = 0 if cache is None else cache.get_seq_length()
-        positions = _positions(kwargs.get("position_ids"), batch, length, seen, embeds.device)
-        shift = None if cache is None or not cache.layers else cache.layers[0].shift_B
-        positions = _shifted(positions, shift)
-        compact = self._is_compact(adapter)
-        deepstack = _split_deepstack(
-            kwargs.pop("visual_pos_masks", None), kwargs.pop("deepstack_visual_embeds", None)
-        )
-        steps = [(i, self.recipe.steps[i].method) for i in self.recipe.at("projector")]
-        reducer = PromptReducer(
-            steps,
-            lambda step, sample: self._budgets[step].sample(sample, self._repeats),
-            compact,
-            self.seed,
-            report,
-            self._local.text_ids,
-        )
-        embeds, sequence, positions, moved = reducer(embeds, valid, positions, items, deepstack)
-        report.prompt_lengths = [ids.shape[0] for ids in sequence.ids]
-        if moved is not None and cache is not None:
-            for layer in cache.layers:
-                layer.shift_B = moved if layer.shift_B is None else layer.shift_B + moved
-        self._open_call(module, embeds, sequence, items, length, cache, report, deepstack)
-        kwargs["inputs_embeds"] = embeds
-        kwargs["position_ids"] = positions if positions.shape[0] > 1 else positions[0]
-        kwargs["past_key_values"] = cache
-        return self._with_mask(kwargs, sequence, cache, embeds)
-
-    def _continue(
-        self, module: nn.Module, embeds: torch.Tensor, kwargs: dict[str, Any]
-    ) -> dict[str, Any]:
-        """A later step on a cache that this library shortened."""
-        cache, mask = kwargs["past_key_values"], kwargs.get("attention_mask")
-        batch, length = embeds.shape[:2]
-        valid = None
-        if mask is not None and length > 1:
-            valid = mask[:, -length:].bool()
-            valid = None if bool(valid.all()) else valid
-        first = cache.layers[0]
-        positions = _positions(kwargs.get("position_ids"), batch, length, first.seen, embeds.device)
-        positions = _shifted(positions, first.shift_B)
-        no_visual = [_no_visual(embeds.device) for _ in range(batch)]
-        sequence = Sequence(length, valid, no_visual)
-        self._open_call(module, embeds, sequence, [], length, cache, Report(), [])
-        kwargs["inputs_embeds"] = embeds
-        kwargs["position_ids"] = positions if positions.shape[0] > 1 else positions[0]
-        return self._with_mask(kwargs, sequence, cache, embeds)
-
-    def _open_call(
-        self,
-        module: nn.Module,
-        embeds: torch.Tensor,
-        sequence: Sequence,
-        items: list,
-        num_tokens: int,
-        cache: Any,
-        report: Report,
-        deepstack: list[list[torch.Tensor]],
-    ) -> None:
-        config: Any = module.config
-        self._local.call = DecoderCall(
-            sequence=sequence,
-            items=items,
-            num_tokens=num_tokens,
-            masks=MaskMaker(config, embeds.shape[0], embeds.dtype, embeds.device),
-            cache=cache,
-            report=report,
-            seed=self.seed,
-            num_layers=config.num_hidden_layers,
-            decoder_steps=self._plans["decoder"] if items else [],
-            cache_steps=self._plans["cache"] if items else [],
-            attention_layers=self._attention_layers if items else frozenset(),
-            deepstack=deepstack,
-            mask_only=self.mask_only,
-        )
-
-    def _with_mask(
-        self, kwargs: dict[str, Any], sequence: Sequence, cache: Any, embeds: torch.Tensor
-    ) -> dict[str, Any]:
-        # Every layer gets its own mask; the model only needs one that it passes on unread.
-        call = self._call
-        assert call is not None
-        first = None if cache is None else cache.layers[0]
-        kwargs["attention_mask"] = call.masks.make(
-            0 if first is None else first.length,
-            None if first is None else first.valid_BT,
-            embeds.shape[1],
-            sequence.valid_BL,
-        )
-        return kwargs
-
-    def _is_compact(self, adapter: Adapter) -> bool:
-        if adapter.mrope:
-            if self.recipe.positions == "compact":
-                raise AttachmentError(
-                    f"{adapter.docs_name} numbers visual tokens by time, row and column (M-RoPE); "
-                    'they cannot be renumbered. Use positions="original".'
-                )
-            return False
-        if self.recipe.positions != "auto":
-            return self.recipe.positions == "compact"
-        projector = self.recipe.at("projector")
-        if not projector:
-            return False
-        return self.recipe.steps[projector[0]].method.card.positions == "compact"
-
-    def _check_samples(self, batch: int) -> None:
-        named = self.budget.num_samples
-        if named is not None and named * self._repeats != batch:
-            raise AttachmentError(
-                f"The budget names {named} samples, the batch has {batch // self._repeats}."
-            )
-
-    def _enter_layer(self, index: int) -> Callable:
-        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-            call = self._call
-            if call is None:
-                return None
-            hidden = args[0] if args else kwargs["hidden_states"]
-            hidden, kwargs = call.enter_layer(index, hidden, kwargs)
-            if args:
-                return (hidden, *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": hidden}
-
-        return hook
-
-    def _leave_layer(self, index: int) -> Callable:
-        def hook(module: nn.Module, args: tuple, output: Any) -> Any:
-            call = self._call
-            if call is None or not call.items:
-                return None
-            hidden = output[0] if isinstance(output, tuple) else output
-            changed = call.leave_layer(index, hidden)
-            if changed is hidden:
-                return None
-            return (changed, *output[1:]) if isinstance(output, tuple) else changed
-
-        return hook
-
-    def _note(self, index: int, name: str) -> Callable:
-        def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-            if self._call is not None:
-                self._call.note_projection(index, name, output)
-
-        return hook
-
-    def _leave_attention(self, index: int) -> Callable:
-        def hook(module: nn.Module, args: tuple, output: Any) -> None:
-            if self._call is not None:
-                self._call.leave_attention(index, module)
-
-        return hook
-
-
-def _positions(
-    position_ids: torch.Tensor | None, batch: int, length: int, seen: int, device: torch.device
-) -> torch.Tensor:
-    """Position ids as int64 [P, B, L], P = 1 for text positions, 3 or 4 with M-RoPE."""
-    if position_ids is None:
-        position_ids = torch.arange(seen, seen + length, device=device)[None]
-    if position_ids.dim() == 2:
-        position_ids = position_ids[None]
-    return position_ids.expand(-1, batch, -1)
-
-
-def _shifted(positions: torch.Tensor, shift_B: torch.Tensor | None) -> torch.Tensor:
-    if shift_B is None:
-        return positions
-    return (positions - shift_B[None, :, None]).clamp(min=0)
-
-
-def _split_deepstack(
-    mask_BL: torch.Tensor | None, levels: list[torch.Tensor] | None
-) -> list[list[torch.Tensor]]:
-    """Deepstack features per level and sample, [N, D] each, in the order of the rows."""
-    if mask_BL is None or not levels:
-        return []
-    counts = mask_BL.sum(dim=1).tolist()
-    return [list(level.split(counts)) for level in levels]
-
-
-def _no_visual(device: torch.device) -> Any:
-    from foveate.attach.decoder import visual_rows
-
-    return visual_rows([], [], [], [], device)
+    def _take_encoder_runs(self) -> list[EncoderRun]:
+        runs = getattr(self._local, "encoder_runs", [])
+        self._local.encoder_runs = []
+        return runs

@@ -173,7 +173,7 @@ def refuse_unsupported(cache: Cache) -> None:
         if isinstance(layer, StaticLayer):
             raise AttachmentError(
                 "A static cache cannot be reduced: pruned layers would leave slots that are "
-                'attended to as zeros. Use the default dynamic cache (drop cache_implementation="static").'
+                'attended to as zeros. Drop cache_implementation="static".'
             )
         if type(layer) is not DynamicLayer:
             raise AttachmentError(

@@ -20,6 +20,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from foveate.attach.cache import ReducedLayer
+from foveate.attach.layer_attention import LayerAttention
 from foveate.attach.masks import MaskMaker
 from foveate.attach.sequence import (
     Layout,
@@ -29,7 +30,6 @@ from foveate.attach.sequence import (
     gather_columns,
 )
 from foveate.core import (
-    AttentionView,
     Budget,
     CacheContext,
     DecoderContext,
@@ -39,50 +39,6 @@ from foveate.core import (
     StageReport,
     Tokens,
 )
-from foveate.models.rotary import project_text_qk
-
-
-@dataclass(eq=False)
-class LayerAttention:
-    """What is needed to recompute any attention row of a layer that has run.
-
-    Attributes:
-        module: the attention module.
-        q_raw, k_raw: outputs of its projections, [B, L, H * d] and [B, L, G * d].
-        position_embeddings: (cos, sin) of its tokens.
-        past: keys that earlier calls left and their validity, or None.
-        rows: per sample, the valid columns of that layer, int64 [S].
-        ids: per sample, the stable numbers of those tokens.
-        visual: per sample, the visual columns of that layer.
-    """
-
-    module: nn.Module
-    q_raw: torch.Tensor
-    k_raw: torch.Tensor
-    position_embeddings: tuple[torch.Tensor, torch.Tensor]
-    past: tuple[torch.Tensor, torch.Tensor | None] | None
-    rows: list[torch.Tensor]
-    ids: list[torch.Tensor]
-    visual: list[torch.Tensor]
-
-    def view(self, sample: int) -> AttentionView:
-        rows_S = self.rows[sample]
-        cos, sin = (_take(part, sample, rows_S) for part in self.position_embeddings)
-        q_BHSd, k_BGSd = project_text_qk(
-            self.module,
-            self.q_raw[sample : sample + 1, rows_S],
-            self.k_raw[sample : sample + 1, rows_S],
-            (cos, sin),
-        )
-        assert k_BGSd is not None
-        if self.past is not None:
-            keys, valid = self.past
-            past_BGTd = keys[sample : sample + 1]
-            if valid is not None:
-                past_BGTd = past_BGTd[:, :, valid[sample]]
-            k_BGSd = torch.cat([past_BGTd, k_BGSd], dim=2)
-        scale = float(getattr(self.module, "scaling", q_BHSd.shape[-1] ** -0.5))
-        return AttentionView(q_BHSd, k_BGSd, scale, torch.searchsorted(rows_S, self.visual[sample]))
 
 
 @dataclass(eq=False)
@@ -129,7 +85,6 @@ class DecoderCall:
     captured: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
     attentions: dict[int, LayerAttention] = field(default_factory=dict)
     states: dict[tuple[int, int], dict[str, Any]] = field(default_factory=lambda: defaultdict(dict))
-    num_visual: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.num_visual = [visual.num for visual in self.sequence.visual]
@@ -152,19 +107,23 @@ class DecoderCall:
         kwargs["position_embeddings"] = self.position_embeddings
         # Only flash attention reads it, to guess packed sequences: gaps would look like packing.
         kwargs["position_ids"] = None
+        kwargs["attention_mask"] = self.mask_of_layer(layer, hidden_BLD.shape[1])
         past = self._cache_layer(layer)
-        valid_BL = self.sequence.valid_BL
-        kwargs["attention_mask"] = self.masks.make(
-            0 if past is None else past.length,
-            None if past is None else past.valid_BT,
-            hidden_BLD.shape[1],
-            valid_BL,
-        )
         if past is not None:
-            past.expect(valid_BL, self.num_tokens)
+            past.expect(self.sequence.valid_BL, self.num_tokens)
         if layer in self.attention_layers:
             self.captured[layer] = {}
         return hidden_BLD, kwargs
+
+    def mask_of_layer(self, layer: int, num_new: int) -> torch.Tensor | None:
+        """The attention mask of `num_new` columns on what this layer has cached."""
+        past = self._cache_layer(layer)
+        return self.masks.make(
+            0 if past is None else past.length,
+            None if past is None else past.valid_BT,
+            num_new,
+            self.sequence.valid_BL,
+        )
 
     def _cache_layer(self, layer: int) -> ReducedLayer | None:
         if self.cache is None:
@@ -460,9 +419,3 @@ def visual_rows(
         torch.cat(positions)[order],
         torch.cat(kinds)[order],
     )
-
-
-def _take(part: torch.Tensor, sample: int, rows_S: torch.Tensor) -> torch.Tensor:
-    """(cos or sin) [.., B or 1, L, d] of one sample's rows, [.., 1, S, d]."""
-    row = sample if part.shape[-3] > 1 else 0
-    return part[..., row : row + 1, rows_S, :]

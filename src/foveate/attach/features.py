@@ -264,7 +264,7 @@ def patch_received(q_BHND: torch.Tensor, k_BHND: torch.Tensor, num_prefix: int) 
 def _packed_received(
     q_1HND: torch.Tensor, k_1HND: torch.Tensor, boundaries: torch.Tensor
 ) -> torch.Tensor:
-    """Received attention inside each segment of a packed row, float32 [N]; equal lengths together."""
+    """Received attention inside each segment of a packed row, float32 [N]."""
     starts = boundaries[:-1]
     lengths = (boundaries[1:] - starts).tolist()
     score_N = torch.zeros(q_1HND.shape[2], device=q_1HND.device)

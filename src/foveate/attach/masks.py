@@ -14,7 +14,7 @@ from foveate.attach.cache import join_valid
 
 
 class _Sizes:
-    """Stands in for a cache when a mask is sized: physical lengths, where the cache counts tokens."""
+    """Stands in for a cache that counts tokens when a mask needs physical lengths."""
 
     is_compileable = False
     is_sliding = (False,)

@@ -1,0 +1,382 @@
+"""Hooks on a language model: visual tokens leave at its entry, in its layers, or from its cache.
+
+What one forward call needs lives in thread-local state for that call; what later calls need lives
+in the cache layers. Nothing is kept in hook closures but layer numbers.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from foveate.attach.cache import adopt, is_managed, refuse_unsupported
+from foveate.attach.decoder import DecoderCall, StepPlan, visual_rows
+from foveate.attach.encoder import EncoderRun
+from foveate.attach.features import FeatureRecord, FeatureWatch
+from foveate.attach.masks import MaskMaker
+from foveate.attach.prompt import PromptReducer, find_items
+from foveate.attach.sequence import Sequence, VisualItem
+from foveate.core import Budget, Recipe, Report
+from foveate.errors import AttachmentError
+from foveate.models.adapter import Adapter
+
+
+@dataclass(eq=False)
+class LanguageSettings:
+    """What the language stage reads from its attachment.
+
+    Attributes:
+        recipe: the recipe.
+        budget: the budget of the next call, as the user gave it.
+        step_budget: the budget of a step.
+        active: whether the next call removes anything.
+        new_report: an empty report of a call.
+        publish: takes (report, feature records, encoder runs) of a finished call.
+    """
+
+    recipe: Recipe
+    budget: Callable[[], Budget]
+    step_budget: Callable[[int], Budget]
+    active: Callable[[], bool]
+    new_report: Callable[[], Report]
+    publish: Callable[[Report, list[FeatureRecord], list[EncoderRun]], None]
+    mask_only: bool = False
+    seed: int = 0
+
+
+@dataclass(eq=False)
+class _CallState(threading.local):
+    """Per thread: the call in flight, and what its outer modules have seen so far."""
+
+    call: DecoderCall | None = None
+    placeholders: dict[str, torch.Tensor] | None = None
+    text_ids: torch.Tensor | None = None
+    records: dict[str, FeatureRecord] = field(default_factory=dict)
+    repeats: int = 1
+
+
+class LanguageStage:
+    """The projector, decoder and cache stages of a recipe on one model."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        adapter: Adapter,
+        watch: FeatureWatch,
+        settings: LanguageSettings,
+        take_encoder_runs: Callable[[], list[EncoderRun]],
+    ) -> None:
+        self.model = model
+        self.adapter = adapter
+        self.watch = watch
+        self.settings = settings
+        self.take_encoder_runs = take_encoder_runs
+        self.layers = adapter.layers(model)
+        self.attentions = adapter.text_attentions(model)
+        self.decoder_steps = self._plan("decoder")
+        self.cache_steps = self._plan("cache")
+        self.attention_layers = frozenset(
+            layer
+            for step in self.decoder_steps
+            for layer in step.method.attention_layers(len(self.layers))
+        )
+        self.state = _CallState()
+
+    def _plan(self, stage: Any) -> list[StepPlan]:
+        plans = []
+        for index in self.settings.recipe.at(stage):
+            method = self.settings.recipe.steps[index].method
+            layers = range(len(self.layers))
+            if stage == "decoder":
+                wanted = method.decoder_layers(len(self.layers))
+                wrong = [layer for layer in wanted if layer not in layers]
+                if wrong:
+                    raise AttachmentError(
+                        f"{method.name} wants to act before layer {wrong[0]}; this model has "
+                        f"{len(self.layers)} layers."
+                    )
+                layers = wanted
+            plans.append(StepPlan(index, method, frozenset(layers), self._sample_budget(index)))
+        return plans
+
+    def _sample_budget(self, index: int) -> Callable[[int], Budget]:
+        return lambda sample: self.settings.step_budget(index).sample(sample, self.state.repeats)
+
+    def install(self) -> list[Any]:
+        """Register all hooks; returns their handles."""
+        base, text = self.adapter.base(self.model), self.adapter.language_model(self.model)
+        handles: list[Any] = []
+        register = handles.append
+        if self.model is not base:
+            register(self.model.register_forward_pre_hook(self._refuse_labels, with_kwargs=True))
+        register(base.register_forward_pre_hook(self._enter_base, with_kwargs=True))
+        register(base.register_forward_hook(self._leave_base, always_call=True))
+        register(text.register_forward_pre_hook(self._enter_text, with_kwargs=True))
+        for index, layer in enumerate(self.layers):
+            register(layer.register_forward_pre_hook(self._enter_layer(index), with_kwargs=True))
+            register(layer.register_forward_hook(self._leave_layer(index), prepend=True))
+        for index in sorted(self.attention_layers):
+            attention = self.attentions[index]
+            for name in ("q", "k"):
+                projection = attention.get_submodule(f"{name}_proj")
+                register(projection.register_forward_hook(self._note(index, name)))
+            register(attention.register_forward_hook(self._leave_attention(index)))
+        return handles
+
+    # -- the outer model ------------------------------------------------------------------------
+
+    def _refuse_labels(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if kwargs.get("labels") is not None and self.settings.active():
+            raise AttachmentError(
+                "labels have the length of the full prompt, the logits of a reduced call do not. "
+                "Compute the loss outside, or set retain=1 while training."
+            )
+
+    def _enter_base(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        state = self.state
+        state.call = state.placeholders = state.text_ids = None
+        if not self.settings.active():
+            return
+        has_features = bool(kwargs.get("mm_encoder_outputs")) or any(
+            value is not None for name, value in kwargs.items() if name.startswith("pixel_values")
+        )
+        if not has_features:
+            return
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        token_ids = self.adapter.placeholder_ids(self.model)
+        if ids is not None:
+            state.placeholders = {name: ids == token for name, token in token_ids.items()}
+            state.text_ids = ids
+            return
+        embeds = kwargs["inputs_embeds"]
+        table = self.adapter.language_model(self.model).get_input_embeddings()
+        state.placeholders = {
+            name: (embeds == table(torch.tensor(token, device=embeds.device))).all(-1)
+            for name, token in token_ids.items()
+        }
+
+    def _leave_base(self, module: nn.Module, args: tuple, output: Any) -> None:
+        state = self.state
+        call, records = state.call, list(state.records.values())
+        state.call = state.placeholders = state.text_ids = None
+        state.records = {}
+        runs = self.take_encoder_runs() if call is not None else []
+        if call is not None and call.items and output is not None:
+            self.settings.publish(call.report, records, runs)
+
+    # -- the text model -------------------------------------------------------------------------
+
+    def _enter_text(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        has_visual = self.state.placeholders is not None
+        if not has_visual and not is_managed(kwargs.get("past_key_values")):
+            return None
+        kwargs = dict(kwargs)
+        embeds = kwargs.get("inputs_embeds")
+        if embeds is None:
+            ids = kwargs.pop("input_ids", None)
+            embeds = module.get_input_embeddings()(args[0] if ids is None and args else ids)
+            args = ()
+        kwargs["input_ids"] = None
+        mask = kwargs.get("attention_mask")
+        if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() != 2):
+            raise AttachmentError(
+                "Reducing needs the 2-D attention mask [batch, tokens] (or none), this call "
+                "passes one prepared for full-length layers."
+            )
+        entered = self._prefill if has_visual else self._continue
+        return args, entered(module, embeds, kwargs)
+
+    def _prefill(
+        self, module: nn.Module, embeds: torch.Tensor, kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """A call with new visual tokens."""
+        config: Any = module.config
+        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        if cache is not None and not is_managed(cache):
+            refuse_unsupported(cache)
+        report = self.settings.new_report()
+        batch, length = embeds.shape[:2]
+        items = self._find_items(batch, report)
+        use_cache = kwargs.get("use_cache")
+        if cache is not None or (config.use_cache if use_cache is None else use_cache):
+            cache = adopt(cache, config, len(self.layers), mask)
+        valid = None if mask is None else mask[:, -length:].bool()
+        if valid is not None and bool(valid.all()):
+            valid = None
+        positions = _positions(kwargs.get("position_ids"), embeds, cache)
+        deepstack = _split_deepstack(
+            kwargs.pop("visual_pos_masks", None), kwargs.pop("deepstack_visual_embeds", None)
+        )
+        reducer = PromptReducer(
+            [
+                (i, self.settings.recipe.steps[i].method)
+                for i in self.settings.recipe.at("projector")
+            ],
+            lambda step, sample: self._sample_budget(step)(sample),
+            self._is_compact(),
+            self.settings.seed,
+            report,
+            self.state.text_ids,
+        )
+        embeds, sequence, positions, moved = reducer(embeds, valid, positions, items, deepstack)
+        if moved is not None and cache is not None:
+            for layer in cache.layers:
+                layer.shift_B = moved if layer.shift_B is None else layer.shift_B + moved
+        report.prompt_lengths = [ids.shape[0] for ids in sequence.ids]
+        call = self._open_call(config, embeds, sequence, length, cache)
+        call.items, call.report, call.deepstack = items, report, deepstack
+        call.decoder_steps, call.cache_steps = self.decoder_steps, self.cache_steps
+        call.attention_layers = self.attention_layers
+        return self._model_inputs(kwargs, call, embeds, positions)
+
+    def _find_items(self, batch: int, report: Report) -> list[list[VisualItem]]:
+        state = self.state
+        assert state.placeholders is not None
+        state.records = self.watch.take()
+        items = find_items(state.placeholders, state.records, report)
+        described = sum(len(record.grids) for record in state.records.values())
+        shown = sum(len(sample) for sample in items)
+        # Beam search repeats every sample and its items.
+        state.repeats = max(1, shown // max(described, 1))
+        named = self.settings.budget().num_samples
+        if named is not None and named * state.repeats != batch:
+            raise AttachmentError(
+                f"The budget names {named} samples, the batch has {batch // state.repeats}."
+            )
+        report.layer_lengths = [[] for _ in range(batch)]
+        report.cache_lengths = [[] for _ in range(batch)]
+        return items
+
+    def _continue(
+        self, module: nn.Module, embeds: torch.Tensor, kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """A later step on a cache that was shortened."""
+        cache, mask = kwargs["past_key_values"], kwargs.get("attention_mask")
+        batch, length = embeds.shape[:2]
+        valid = None
+        if mask is not None and length > 1:
+            valid = mask[:, -length:].bool()
+            valid = None if bool(valid.all()) else valid
+        positions = _positions(kwargs.get("position_ids"), embeds, cache)
+        nothing = visual_rows([], [], [], [], embeds.device)
+        sequence = Sequence(length, valid, [nothing] * batch)
+        call = self._open_call(module.config, embeds, sequence, length, cache)
+        return self._model_inputs(kwargs, call, embeds, positions)
+
+    def _open_call(
+        self, config: Any, embeds: torch.Tensor, sequence: Sequence, num_tokens: int, cache: Any
+    ) -> DecoderCall:
+        self.state.call = DecoderCall(
+            sequence=sequence,
+            items=[],
+            num_tokens=num_tokens,
+            masks=MaskMaker(config, embeds.shape[0], embeds.dtype, embeds.device),
+            cache=cache,
+            report=Report(),
+            seed=self.settings.seed,
+            num_layers=len(self.layers),
+            mask_only=self.settings.mask_only,
+        )
+        return self.state.call
+
+    def _model_inputs(
+        self,
+        kwargs: dict[str, Any],
+        call: DecoderCall,
+        embeds: torch.Tensor,
+        positions: torch.Tensor,
+    ) -> dict[str, Any]:
+        kwargs["inputs_embeds"] = embeds
+        kwargs["position_ids"] = positions if positions.shape[0] > 1 else positions[0]
+        kwargs["past_key_values"] = call.cache
+        # Every layer gets its own mask; the model only needs one that it passes on unread.
+        kwargs["attention_mask"] = call.mask_of_layer(0, embeds.shape[1])
+        return kwargs
+
+    def _is_compact(self) -> bool:
+        recipe = self.settings.recipe
+        if self.adapter.mrope:
+            if recipe.positions == "compact":
+                raise AttachmentError(
+                    f"{self.adapter.docs_name} numbers visual tokens by time, row and column "
+                    '(M-RoPE); they cannot be renumbered. Use positions="original".'
+                )
+            return False
+        if recipe.positions != "auto":
+            return recipe.positions == "compact"
+        projector = recipe.at("projector")
+        return bool(projector) and (recipe.steps[projector[0]].method.card.positions == "compact")
+
+    # -- the layers -----------------------------------------------------------------------------
+
+    def _enter_layer(self, index: int) -> Callable:
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+            call = self.state.call
+            if call is None:
+                return None
+            hidden, kwargs = call.enter_layer(
+                index, args[0] if args else kwargs["hidden_states"], kwargs
+            )
+            if args:
+                return (hidden, *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": hidden}
+
+        return hook
+
+    def _leave_layer(self, index: int) -> Callable:
+        def hook(module: nn.Module, args: tuple, output: Any) -> Any:
+            call = self.state.call
+            if call is None or not call.items:
+                return None
+            hidden = output[0] if isinstance(output, tuple) else output
+            changed = call.leave_layer(index, hidden)
+            if changed is hidden:
+                return None
+            return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+        return hook
+
+    def _note(self, index: int, name: str) -> Callable:
+        def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+            if self.state.call is not None:
+                self.state.call.note_projection(index, name, output)
+
+        return hook
+
+    def _leave_attention(self, index: int) -> Callable:
+        def hook(module: nn.Module, args: tuple, output: Any) -> None:
+            if self.state.call is not None:
+                self.state.call.leave_attention(index, module)
+
+        return hook
+
+
+def _positions(position_ids: torch.Tensor | None, embeds: torch.Tensor, cache: Any) -> torch.Tensor:
+    """Position ids as int64 [P, B, L], P = 1 for text and 3 or 4 with M-RoPE, moved down by what
+    earlier turns were renumbered by."""
+    batch, length = embeds.shape[:2]
+    if position_ids is None:
+        seen = 0 if cache is None else cache.get_seq_length()
+        position_ids = torch.arange(seen, seen + length, device=embeds.device)[None]
+    if position_ids.dim() == 2:
+        position_ids = position_ids[None]
+    position_ids = position_ids.expand(-1, batch, -1)
+    shift_B = None if cache is None else cache.layers[0].shift_B
+    if shift_B is None:
+        return position_ids
+    return (position_ids - shift_B[None, :, None]).clamp(min=0)
+
+
+def _split_deepstack(
+    mask_BL: torch.Tensor | None, levels: list[torch.Tensor] | None
+) -> list[list[torch.Tensor]]:
+    """Deepstack features per level and sample, [N, D] each, in the order of the rows."""
+    if mask_BL is None or not levels:
+        return []
+    counts = mask_BL.sum(dim=1).tolist()
+    return [list(level.split(counts)) for level in levels]
