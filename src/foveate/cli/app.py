@@ -165,8 +165,9 @@ def show_command(
 ) -> None:
     """Draw what a recipe keeps of a clip, on a real encoder."""
     from foveate.core import Recipe
+    from foveate.view.costs import stages_not_run
     from foveate.view.html import check_destination, save_report
-    from foveate.view.show import show_video, stages_not_run
+    from foveate.view.show import show_video
     from foveate.view.sources import open_clip
 
     source = _chosen(video, sample)

@@ -20,6 +20,7 @@ from foveate.core.recipe import Recipe
 from foveate.core.report import Report, merge_layers
 from foveate.errors import FoveateError
 from foveate.view.charts import count, duration, flops
+from foveate.view.html import whither
 
 BAD_INPUT, INTERRUPTED = 2, 130
 
@@ -93,7 +94,7 @@ def print_json(document: Any) -> None:
 @contextmanager
 def progress(enabled: bool = True) -> Iterator[Callable[[str, int, int], None]]:
     """A bar on standard error, gone when done; gives `tell(what, done, total)`."""
-    if not enabled:
+    if not enabled or not err().is_terminal:
         yield lambda what, done, total: None
         return
     columns = (
@@ -122,10 +123,12 @@ def stage_table(report: Report, missing: list[tuple[str, str]] | None = None) ->
         figures = (count(row["before"]), count(row["after"]), f"{row['retained']:.1%}")
         table.add_row(row["stage"], row["method"], *figures)
     for method, stage in missing or []:
-        table.add_row(stage, method, "", "", "not run: needs a language model", style="dim")
+        table.add_row(stage, method, "", "", "not run", style="dim")
     if report.items:
         figures = (count(report.visual_before), count(report.visual_after))
-        table.add_row("[bold]into the LLM[/]", "", *figures, f"[bold]{report.retained:.1%}[/]")
+        table.add_row(
+            f"[bold]{whither(report)}[/]", "", *figures, f"[bold]{report.retained:.1%}[/]"
+        )
     return table
 
 
@@ -138,9 +141,9 @@ def facts(report: Report) -> Table:
             after = reduced.get(part, 0.0)
             share = "unchanged" if after == before else f"{after / before:.1%}"
             arrow = flops(before) if after == before else f"{flops(before)} -> {flops(after)}"
-            table.add_row(f"[dim]{part}[/]", f"{arrow} [dim]({share})[/]")
+            table.add_row(f"[dim]compute, {part}[/]", f"{arrow} [dim]({share})[/]")
     for name, seconds in report.seconds.items():
-        table.add_row(f"[dim]{name}[/]", duration(seconds))
+        table.add_row(f"[dim]time, {name}[/]", duration(seconds))
     return table
 
 

@@ -9,17 +9,17 @@ from foveate.view.draw import draw_item, draw_kept
 from foveate.view.html import render_report, save_report
 
 if TYPE_CHECKING:
-    from foveate.view.ask import Answer, ask, load_model
+    from foveate.view.answer import Answer, ask, load_model
     from foveate.view.encoders import Encoder, load_encoder
     from foveate.view.show import show_video
 
 # Drawing needs no model; what runs one is loaded when used.
 _LAZY = {
-    "Answer": "foveate.view.ask",
+    "Answer": "foveate.view.answer",
     "Encoder": "foveate.view.encoders",
-    "ask": "foveate.view.ask",
+    "ask": "foveate.view.answer",
     "load_encoder": "foveate.view.encoders",
-    "load_model": "foveate.view.ask",
+    "load_model": "foveate.view.answer",
     "show_video": "foveate.view.show",
 }
 

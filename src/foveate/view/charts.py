@@ -18,6 +18,11 @@ def count(value: float) -> str:
     return f"{value:,.0f}"
 
 
+def plural(number: int, word: str) -> str:
+    """A count with its noun: (1, "frame") -> "1 frame"."""
+    return f"{count(number)} {word}{'' if number == 1 else 's'}"
+
+
 def flops(value: float) -> str:
     """FLOPs with a fitting prefix: 4.08e13 -> "40.8 TFLOPs"."""
     for size, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
@@ -61,8 +66,8 @@ def steps_chart(series: Sequence[tuple[str, str, Sequence[float]]], title: str, 
             points.append(f"{x0:.1f},{y:.1f} {x1:.1f},{y:.1f}")
         line = " ".join(points)
         if style == "area":
-            base = top + span_y
-            parts.append(f'<polygon class="area" points="{_LEFT},{base} {line} {x1:.1f},{base}"/>')
+            base, end = top + span_y, _LEFT + span_x * len(values) / layers
+            parts.append(f'<polygon class="area" points="{_LEFT},{base} {line} {end:.1f},{base}"/>')
         parts.append(
             f'<polyline class="line {style}" points="{line}"><title>{escape(name)}</title>'
             "</polyline>"

@@ -19,11 +19,12 @@ from foveate.attach.encoder import EncoderRun, EncoderStage
 from foveate.attach.features import TowerTap, cls_attention, patch_received
 from foveate.core import Budget, Method
 from foveate.errors import FoveateError, UnknownModelError
-from foveate.models import adapter_for, list_families
+from foveate.models import adapter_for
 from foveate.models.default_encoder import default_encoder, default_encoder_path
 from foveate.models.encoders import EncoderAdapter
 from foveate.models.tower import VisionTower
 from foveate.video import FrameTransform
+from foveate.view.sources import check_checkpoint
 
 #: DINOv2 patches are 14 pixels: 27 x 27 of them, the grid of SigLIP in LLaVA-OneVision.
 DEFAULT_SIZE = 378
@@ -104,6 +105,7 @@ def load_encoder(
         return _at_size(encoder, size or DEFAULT_SIZE)
     from transformers import AutoConfig, AutoModel
 
+    check_checkpoint(name)
     with _readable(name):
         config = AutoConfig.from_pretrained(name)
     if _has_language_model(config):
@@ -265,8 +267,3 @@ class EncoderPass:
                 if self._stage is not None:
                     score_TP = self._stage.unmerge_scores(score_TP)
                 self._scores[name] = score_TP
-
-
-def known_encoder_families() -> tuple[str, ...]:
-    """Families that can be named as an encoder."""
-    return tuple(f for f in list_families() if f in ("vit", "deit", "dinov2", "clip", "siglip"))

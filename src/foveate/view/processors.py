@@ -46,11 +46,11 @@ def load_processor(name: str | Path) -> Any:
     """
     from transformers import AutoConfig, AutoProcessor
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
-    from transformers.utils import is_torchvision_available
+    from transformers.utils.import_utils import is_torchvision_available
 
     try:
         config = AutoConfig.from_pretrained(name)
-        cls = PROCESSOR_MAPPING.get(type(config), None)
+        cls: Any = PROCESSOR_MAPPING.get(type(config), None)
         if cls is None:
             raise UnknownModelError(
                 f"{name} is of the kind {config.model_type!r}, for which transformers has no "
@@ -79,6 +79,9 @@ def _stitched(cls: Any, name: str | Path) -> Any:
 
         def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> type:
             return type(argument)
+
+        def __repr__(self) -> str:
+            return f"{cls.__name__} with {type(self.video_processor).__name__}"
 
     settings, _ = cls.get_processor_dict(name)
     parts = {
@@ -245,7 +248,9 @@ def prepare(processor: Any, frames: Frames, question: str, is_image: bool) -> di
         stand_in = isinstance(processor.video_processor, (StackedFrames, PackedFrames, NoVideo))
         if stand_in:
             # At one frame per second an index is a time, whatever the clip's own rate.
-            times = SimpleNamespace(fps=1.0, frames_indices=frames.seconds.tolist())
+            seconds = frames.seconds.tolist()
+            rate = (len(seconds) - 1) / max(seconds[-1] - seconds[0], 1e-6)
+            times = SimpleNamespace(fps=1.0, frames_indices=seconds, sampled_fps=rate)
             options["video_metadata"] = [times]
         else:
             options["do_sample_frames"] = False

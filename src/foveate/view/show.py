@@ -29,21 +29,15 @@ from foveate.core import (
     Report,
     StageReport,
 )
-from foveate.core.dims import TransformerDims
-from foveate.core.flops import encoder_flops, prefill_flops
 from foveate.errors import DamagedVideoWarning, RecipeError
-from foveate.models.dims import vision_dims
 from foveate.video import Clip
 from foveate.video.resize import resize
 from foveate.video.sampling import sample_ranks
+from foveate.view.costs import count_flops, note_missing_stages
 from foveate.view.encoders import Encoded, Encoder, EncoderPass, load_encoder
 
 #: Told (what, done, total) while something takes long.
 Progress = Callable[[str, int, int], None]
-
-#: The language model of LLaVA-OneVision-7B (Qwen2-7B), to give prefill savings a scale.
-REFERENCE_LLM = TransformerDims(28, 3584, 28, 4, 128, 18944, gated=True, vocab=152064)
-REFERENCE_NAME = "prefill (reference 7B LLM)"
 
 _DECODE_CHUNK = 64
 _PICTURE_SIDE = 640
@@ -126,8 +120,8 @@ def show_video(
     report.seconds["reduce"] = time.perf_counter() - begin
     item.pixels, item.seconds = lambda: shown, seconds
     report.items = [item]
-    _count_flops(report, encoder, encoded)
-    _note_missing_stages(made, report)
+    count_flops(report, encoder, encoded)
+    note_missing_stages(made, report)
     return report
 
 
@@ -285,51 +279,3 @@ def _encoder_item(encoded: Encoded, modality: Modality, num_prefix: int) -> Item
     if groups:
         item.reduction = Reduction.merge(torch.cat(groups), targets, anchor_BM=torch.cat(anchors))
     return item
-
-
-def _count_flops(report: Report, encoder: Encoder, encoded: Encoded) -> None:
-    try:
-        dims = vision_dims(encoder.tower.module)
-    except ValueError as error:
-        report.notes.append(f"FLOPs not counted: {error}")
-        return
-    images, patches = encoded.x_TPC.shape[:2]
-    full = encoder_flops(dims, patches + encoder.tower.num_prefix, images)
-    spent = full
-    if encoded.runs:
-        spent = sum(
-            encoder_flops(
-                dims,
-                run.attention_lengths,
-                run.num_images,
-                mlp_lengths=run.lengths,
-                num_patches=run.num_tokens,
-            )
-            for run in encoded.runs
-        )
-    untouched, reduced = {"encoder": float(full)}, {"encoder": float(spent)}
-    if any(stage.stage == "projector" for stage in report.stages):
-        untouched[REFERENCE_NAME] = float(prefill_flops(REFERENCE_LLM, report.visual_before))
-        reduced[REFERENCE_NAME] = float(prefill_flops(REFERENCE_LLM, report.visual_after))
-        report.notes.append(
-            "prefill FLOPs are not measured: they are what the visual tokens alone would cost in "
-            "the language model of LLaVA-OneVision-7B (28 layers, width 3584)"
-        )
-    for parts in (untouched, reduced):
-        parts["total"] = sum(parts.values())
-    report.flops = {"untouched": untouched, "reduced": reduced}
-
-
-def _note_missing_stages(recipe: Recipe, report: Report) -> None:
-    for name, stage in stages_not_run(recipe):
-        report.notes.append(f"{name} at the {stage}: not run, needs a language model")
-
-
-def stages_not_run(recipe: Recipe) -> list[tuple[str, str]]:
-    """(method, stage) of everything in a recipe that acts inside a language model, or on frames."""
-    return [
-        (step.method.name, stage)
-        for step in recipe
-        for stage in step.stages
-        if stage not in ("encoder", "projector")
-    ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from foveate.errors import UnsupportedVideoError
+from foveate.errors import UnknownModelError, UnsupportedVideoError
 from foveate.video import Clip
 
 _PICTURES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
@@ -30,3 +30,17 @@ def open_clip(source: Any) -> Clip:
             f"cannot read the picture ({error})", source=str(path)
         ) from error
     return Clip([upright])
+
+
+def check_checkpoint(name: str | Path) -> None:
+    """Refuse a checkpoint that is plainly meant as a folder and is none.
+
+    Raises:
+        UnknownModelError: there is no such folder.
+    """
+    text = str(name)
+    is_path = isinstance(name, Path) or text.startswith((".", "~", "/")) or text.count("/") > 1
+    if is_path and not Path(text).expanduser().is_dir():
+        raise UnknownModelError(
+            f"{text}: no such folder; name the folder of a transformers checkpoint or its hub id."
+        )

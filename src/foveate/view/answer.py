@@ -22,6 +22,7 @@ from foveate.models import adapter_for
 from foveate.models.encoders import EncoderAdapter
 from foveate.video import Clip, Frames
 from foveate.view.processors import load_processor, prepare
+from foveate.view.sources import check_checkpoint
 
 
 @dataclass(eq=False)
@@ -90,13 +91,14 @@ def load_model(
         model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
     except (OSError, ValueError, KeyError) as error:
         raise UnknownModelError(f"cannot load {name}: {str(error).splitlines()[0]}") from error
-    return model.eval().to(device), processor
+    return model.eval().to(device), processor  # pyright: ignore[reportArgumentType]
 
 
 def _check_family(name: str | Path) -> None:
     """Refuse what has no adapter before gigabytes of weights are read."""
     from transformers import AutoConfig
 
+    check_checkpoint(name)
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
