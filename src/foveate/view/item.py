@@ -71,7 +71,7 @@ def _summary(item: ItemReport, view: ItemView, step: int) -> str:
     if item.reduction is not None and item.reduction.kind == "synthesise":
         parts.append(f"{count(item.after)} new tokens that stand for no single patch")
     if step > 1:
-        parts.append(f"every {step}th frame shown")
+        parts.append(f"one frame in {step} shown")
     return escape(" · ".join(parts))
 
 
@@ -158,14 +158,14 @@ def _card(view: ItemView, plane: int, thumb: Thumbnail, number: int) -> str:
         f"{when}: of {entry.num_patches} patches {single} kept as they are, {entry.num_merged} "
         f"merged, {entry.num_dropped} dropped"
     )
-    photo = f'<img src="{thumb.photo}" alt="" decoding="async">' if thumb.photo else ""
+    photo = f'<img src="{thumb.photo}" alt="" decoding="sync">' if thumb.photo else ""
     return (
         f'<figure class="frame" id="f{number}-{plane}">'
         f'<span class="strip {_segment_style(view, plane)}"></span>'
         f'<div class="view" tabindex="0" role="img" aria-label="{words}" data-when="{when}" '
         f'data-first="{entry.first}" data-rows="{rows}" data-columns="{columns}" '
         f'style="aspect-ratio:{thumb.width}/{thumb.height}">{photo}'
-        f'<img class="overlay" src="{thumb.overlay}" alt="" decoding="async"></div>'
+        f'<img class="overlay" src="{thumb.overlay}" alt="" decoding="sync"></div>'
         f"<figcaption><b>{when}</b><span>{plural(entry.num_tokens, 'token')}</span></figcaption>"
         "</figure>"
     )
