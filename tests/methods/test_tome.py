@@ -59,6 +59,17 @@ def test_equal_tokens_merge_first_and_come_back() -> None:
     assert group_BN[:, 3].equal(group_BN[:, 8]) and group_BN[:, 12].equal(group_BN[:, 5])
 
 
+def test_similarity_is_that_of_keys_averaged_over_heads() -> None:
+    # Head 0 finds tokens 0 and 1 alike; both heads together find 2 and 3 alike.
+    keys = torch.tensor([[[1.0, 0], [1, 0], [1, 0], [0, 1]], [[5.0, 0], [0, 5], [0, 3], [1, 2]]])
+    context = EncoderContext(Budget(retain=0.5), keys_BHNd=keys[None])
+    reduction = ToMe(r=1).encoder(Tokens(torch.randn(1, 4, 3)), context)
+    assert reduction is not None and reduction.groups_BN.tolist() == [[0, 1, 2, 2]]
+    context.keys_BHNd = None
+    with pytest.raises(ValueError, match="needs the keys"):
+        ToMe(r=1).encoder(Tokens(torch.randn(1, 4, 3)), context)
+
+
 def test_half_of_the_tokens_is_the_most_a_block_merges() -> None:
     reduction = block(ToMe(r=100), image(21), 1)
     assert reduction is not None and reduction.num_out == 11

@@ -234,7 +234,9 @@ class AIM(Method):
         N, before = tokens.num_tokens, context.layer - 1
         if context.budget.is_full or N == 0:
             return None
-        keep = int(context.num_visual * self.kept_after(context.num_layers)[before])
+        share, text = self.kept_after(context.num_layers)[before], context.num_text
+        # Text counts while rounding down, as in the released code: its sum absorbs rounding errors.
+        keep = int(context.num_visual * share + text) - text
         if keep >= N:
             return None
         if keep == 0:
