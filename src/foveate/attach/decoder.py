@@ -195,6 +195,7 @@ class DecoderCall:
             layer=layer,
             num_layers=self.num_layers,
             num_visual=self.num_visual[sample],
+            modalities=frozenset(item.modality for item in self.items[sample]),
             num_text=rows_S.shape[0] - visual.num,
             visual_N=torch.searchsorted(rows_S, visual.rows_N),
             attention=lambda earlier: self.attentions[earlier].view(sample),
