@@ -246,6 +246,7 @@ class Attachment:
         num_layers = len(adapter.layers(self.model))
         for step in self.recipe:
             step.method.check(unique[0].feature_block + 1, num_layers)
+        self._check_order()
         signals = self._signals(adapter, all(tower.has_cls for tower in unique))
         stages: list[EncoderStage] = []
         if self.recipe.at("encoder"):
@@ -282,6 +283,15 @@ class Attachment:
             self.model, adapter, self._watch, settings, self._take_encoder_runs
         )
         self._handles += language.install()
+
+    def _check_order(self) -> None:
+        for index in self.recipe.at("projector")[1:]:
+            method = self.recipe.steps[index].method
+            if not method.any_tokens:
+                raise AttachmentError(
+                    f"{method.name} reads the frames and rows of an item, so no other projector "
+                    f"method can come before it: put it first in {self.recipe}."
+                )
 
     def _check_text_model(self, adapter: Adapter) -> None:
         config = adapter.text_config(self.model)

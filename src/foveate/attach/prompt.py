@@ -26,7 +26,6 @@ from foveate.attach.sequence import (
 )
 from foveate.core import (
     Budget,
-    Grid,
     ItemReport,
     Method,
     ProjectorContext,
@@ -167,7 +166,7 @@ class PromptReducer:
                 budget=budget,
                 method=method.name,
                 seed=self.seed + number,
-                grid=_remaining_grid(item.grid, tokens),
+                grid=item.grid,
                 read=read,
             )
             with torch.no_grad():
@@ -335,9 +334,3 @@ def _in_place(visual: VisualRows, items: list[VisualItem]) -> VisualRows:
         return visual
     rows_N = torch.cat([item.rows_N for item in items]).sort().values
     return visual.take(torch.arange(visual.num, device=rows_N.device), rows_N)
-
-
-def _remaining_grid(grid: Grid, tokens: Tokens) -> Grid:
-    # A second projector method sees a shortened item: no grid describes it, but the positions that
-    # travel with the tokens do. It gets the grid of the whole item and must not assume its length.
-    return grid

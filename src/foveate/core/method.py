@@ -42,6 +42,8 @@ class Method:
         card: identity and published settings.
         needs: projector-stage signals; a tuple inside means "the first of these that the model
             has". Only what is declared is computed.
+        any_tokens: the projector stage reads tokens only, not `context.grid`, so it can follow
+            another projector method that has shortened the item.
         encoder_point: where the encoder stage acts in a block: "after_attention" (between
             attention and MLP), "block_start" or "block_end".
 
@@ -60,6 +62,7 @@ class Method:
 
     card: ClassVar[Card]
     needs: ClassVar[tuple[str | tuple[str, ...], ...]] = ()
+    any_tokens: ClassVar[bool] = False
     encoder_point: ClassVar[Literal["after_attention", "block_start", "block_end"]] = (
         "after_attention"
     )

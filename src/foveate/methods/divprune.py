@@ -26,6 +26,7 @@ class DivPrune(Method):
     Source: arXiv 2503.02175, section 3.
     """
 
+    any_tokens: ClassVar[bool] = True
     card: ClassVar[Card] = Card(
         name="divprune",
         title="DivPrune",
