@@ -157,7 +157,8 @@ def main() -> None:
         "flops_ratio": parts,
         "flops": flops,
         "seconds_in_methods": report.seconds,
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}",
         "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
         "dtype": name,
         "date": date.today().isoformat(),
