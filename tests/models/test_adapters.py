@@ -241,7 +241,7 @@ def test_pixels_lie_under_their_tokens(family: str, modality: str) -> None:
 
 
 @pytest.mark.parametrize(("family", "temporal"), [("qwen2_5_vl", 2), ("video_llama_3", 1)])
-def testpacked_patches_become_the_frames_they_were(family: str, temporal: int) -> None:
+def test_packed_patches_become_the_frames_they_were(family: str, temporal: int) -> None:
     frames = torch.arange(4 * 3 * 24 * 16).reshape(4, 3, 24, 16).float()
     arguments = {
         "pixel_values_videos": packed_patches(frames, temporal),
