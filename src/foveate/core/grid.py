@@ -1,6 +1,7 @@
-"""Where visual tokens sit: planes of rows and columns, with the special tokens that travel between them.
+"""Where visual tokens sit: planes of rows and columns, and the special tokens between them.
 
-Legend: N tokens of one visual item (one image or one video), in the order in which the language model sees them.
+Legend: N tokens of one visual item (one image or one video), in the order in which the language
+model sees them.
 """
 
 from __future__ import annotations
@@ -34,6 +35,13 @@ class Plane:
         width: columns of tokens.
         row_newline: a newline token closes every row.
         prefix: special tokens ([CLS]) before the first row.
+
+    Raises:
+        ValueError: a number is out of range.
+
+    Example:
+        >>> Plane(2, 3, row_newline=True, prefix=1).num_tokens
+        9
     """
 
     height: int
@@ -50,10 +58,12 @@ class Plane:
 
     @property
     def num_patches(self) -> int:
+        """Tokens that stand for pixels."""
         return self.height * self.width
 
     @property
     def num_tokens(self) -> int:
+        """Patches, prefix and row newlines."""
         return self.num_patches + self.prefix + (self.height if self.row_newline else 0)
 
 
@@ -70,10 +80,15 @@ class Grid:
         modality: "image" or "video".
         newlines_at_end: newline tokens that close the item.
 
+    Raises:
+        ValueError: no plane, an unknown modality, or fewer than 0 newlines.
+
     Example:
         >>> grid = Grid.video(frames=4, height=14, width=14, newlines_at_end=1)
         >>> grid.num_tokens, grid.num_patches, grid.shape
         (785, 784, (4, 14, 14))
+        >>> Grid((Plane(2, 2), Plane(3, 4, row_newline=True))).num_tokens
+        19
     """
 
     planes: tuple[Plane, ...]
@@ -89,14 +104,31 @@ class Grid:
             raise ValueError(f"newlines_at_end must be >= 0, got {self.newlines_at_end}.")
 
     @classmethod
-    def image(cls, height: int, width: int, **extra: int) -> Grid:
-        """One image of `height` x `width` tokens."""
-        return cls((Plane(height, width),), "image", **extra)
+    def image(
+        cls,
+        height: int,
+        width: int,
+        *,
+        row_newline: bool = False,
+        prefix: int = 0,
+        newlines_at_end: int = 0,
+    ) -> Grid:
+        """One image of `height` x `width` tokens; the options are those of `Plane` and `Grid`."""
+        return cls((Plane(height, width, row_newline, prefix),), "image", newlines_at_end)
 
     @classmethod
-    def video(cls, frames: int, height: int, width: int, **extra: int) -> Grid:
-        """A video of `frames` planes of `height` x `width` tokens."""
-        return cls((Plane(height, width),) * frames, "video", **extra)
+    def video(
+        cls,
+        frames: int,
+        height: int,
+        width: int,
+        *,
+        row_newline: bool = False,
+        prefix: int = 0,
+        newlines_at_end: int = 0,
+    ) -> Grid:
+        """A video of `frames` planes of `height` x `width` tokens; options as for `image`."""
+        return cls((Plane(height, width, row_newline, prefix),) * frames, "video", newlines_at_end)
 
     @property
     def num_tokens(self) -> int:
@@ -127,33 +159,39 @@ class Grid:
 
     @cached_property
     def _table(self) -> tuple[torch.Tensor, torch.Tensor]:
+        # On the CPU whatever the default device: callers ask for theirs.
         rows: list[torch.Tensor] = []
         kinds: list[torch.Tensor] = []
         for index, plane in enumerate(self.planes):
             width = plane.width + int(plane.row_newline)
-            y, x = torch.meshgrid(torch.arange(plane.height), torch.arange(width), indexing="ij")
-            time = torch.full_like(y, index)
-            kind = torch.where(x < plane.width, TokenKind.PATCH.value, TokenKind.NEWLINE.value)
-            if plane.prefix:
-                prefix = torch.tensor([[index, 0, 0]]).expand(plane.prefix, 3)
-                rows.append(prefix)
-                kinds.append(torch.full((plane.prefix,), TokenKind.CLS.value))
-            rows.append(torch.stack([time, y, x], dim=-1).reshape(-1, 3))
-            kinds.append(kind.reshape(-1))
+            yx = torch.cartesian_prod(
+                torch.arange(plane.height, device="cpu"), torch.arange(width, device="cpu")
+            )
+            yx = torch.cat([yx.new_zeros(plane.prefix, 2), yx])
+            kind = torch.full((plane.num_tokens,), TokenKind.PATCH.value, device="cpu")
+            kind[yx[:, 1] == plane.width] = TokenKind.NEWLINE.value
+            kind[: plane.prefix] = TokenKind.CLS.value
+            rows.append(torch.nn.functional.pad(yx, (1, 0), value=index))
+            kinds.append(kind)
         if self.newlines_at_end:
             last = self.planes[-1]
-            end = torch.tensor([[len(self.planes) - 1, last.height - 1, last.width]])
+            end = torch.tensor([[len(self.planes) - 1, last.height - 1, last.width]], device="cpu")
             rows.append(end.expand(self.newlines_at_end, 3))
-            kinds.append(torch.full((self.newlines_at_end,), TokenKind.NEWLINE.value))
-        return torch.cat(rows).long(), torch.cat(kinds).long()
+            newline = TokenKind.NEWLINE.value
+            kinds.append(torch.full((self.newlines_at_end,), newline, device="cpu"))
+        return torch.cat(rows), torch.cat(kinds)
 
     def positions(self, device: torch.device | str = "cpu") -> torch.Tensor:
-        """(time, row, column) of every token, int64 [N, 3]; a newline sits one column past its row."""
-        return self._table[0].to(device)
+        """(time, row, column) of every token, int64 [N, 3], a tensor of the caller's own.
+
+        A newline sits one column past its row, those at the end past the last row; a prefix token
+        sits at row 0, column 0.
+        """
+        return self._table[0].to(device, copy=True)
 
     def kinds(self, device: torch.device | str = "cpu") -> torch.Tensor:
-        """The `TokenKind` of every token, int64 [N]."""
-        return self._table[1].to(device)
+        """The `TokenKind` of every token, int64 [N], a tensor of the caller's own."""
+        return self._table[1].to(device, copy=True)
 
     def patch_index(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """Indices of the tokens that stand for pixels, int64 [num_patches], ascending."""

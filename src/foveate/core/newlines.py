@@ -25,10 +25,10 @@ def with_newlines(kept_K: torch.Tensor, grid: Grid, policy: NewlinePolicy = "row
             candidates include newlines do not call this.
 
     Returns:
-        int64 [K'], ascending; [CLS] tokens are kept under "keep" only when chosen.
+        int64 [K'], ascending; [CLS] tokens are kept only when they are among `kept_K`.
 
     Raises:
-        ValueError: the policy is unknown.
+        ValueError: the policy is unknown, or `kept_K` does not hold indices.
 
     Example:
         >>> from foveate.core import Grid, Plane
@@ -40,25 +40,30 @@ def with_newlines(kept_K: torch.Tensor, grid: Grid, policy: NewlinePolicy = "row
         raise ValueError(
             f'newline policy must be "keep", "row", "end" or "remove", got {policy!r}.'
         )
+    if kept_K.dim() != 1 or kept_K.is_floating_point() or kept_K.dtype == torch.bool:
+        raise ValueError(
+            f"with_newlines takes indices, int64 [K]; got {kept_K.dtype} {tuple(kept_K.shape)}."
+        )
     kept_K = kept_K.sort().values
     if policy == "remove":
         return kept_K
     device = kept_K.device
     is_newline_N = grid.kinds(device) == TokenKind.NEWLINE
-    at_end_N = torch.arange(grid.num_tokens, device=device) >= (
-        grid.num_tokens - grid.newlines_at_end
-    )
+    end_N = torch.zeros(grid.num_tokens, dtype=torch.bool, device=device)
+    end_N[grid.num_tokens - grid.newlines_at_end :] = True
     keep_N = torch.zeros(grid.num_tokens, dtype=torch.bool, device=device)
     keep_N[kept_K] = True
     if policy == "keep":
         keep_N |= is_newline_N
     elif policy == "end":
-        keep_N |= is_newline_N & at_end_N
+        keep_N |= is_newline_N & end_N
     else:
-        position_N3 = grid.positions(device)
-        width = int(grid._table[0][:, 1].max()) + 1
-        row_N = position_N3[:, 0] * width + position_N3[:, 1]
-        occupied = torch.zeros(int(row_N.max()) + 1, dtype=torch.bool, device=device)
-        occupied[row_N[kept_K]] = True
-        keep_N |= is_newline_N & (occupied[row_N] | at_end_N)
+        rows = max(plane.height for plane in grid.planes)
+        time_N, y_N, _ = grid.positions(device).unbind(1)
+        row_N = time_N * rows + y_N
+        occupied = torch.zeros(len(grid.planes) * rows, dtype=torch.bool, device=device)
+        # A kept [CLS] token has a row by convention only, and keeps no newline.
+        is_patch_K = grid.kinds(device)[kept_K] == TokenKind.PATCH
+        occupied[row_N[kept_K][is_patch_K]] = True
+        keep_N |= is_newline_N & (occupied[row_N] | end_N)
     return keep_N.nonzero()[:, 0]
