@@ -39,7 +39,7 @@ def square(side: int) -> dict[str, Any]:
     return {**_PLAIN, "size": {"height": side, "width": side}, "do_center_crop": False}
 
 
-_PACKED = {
+PACKED_SETTINGS = {
     **_PLAIN,
     "patch_size": 4,
     "merge_size": 2,
@@ -109,22 +109,22 @@ FAMILIES: dict[
     ),
     "qwen2_vl": (
         _QWEN,
-        {"image_processor_type": "Qwen2VLImageProcessor", **_PACKED},
+        {"image_processor_type": "Qwen2VLImageProcessor", **PACKED_SETTINGS},
         None,
         {"processor_class": "Qwen2VLProcessor"},
     ),
     "qwen2_5_vl": (
         _QWEN,
-        {"image_processor_type": "Qwen2VLImageProcessor", **_PACKED},
-        {"video_processor_type": "Qwen2VLVideoProcessor", **_PACKED},
+        {"image_processor_type": "Qwen2VLImageProcessor", **PACKED_SETTINGS},
+        {"video_processor_type": "Qwen2VLVideoProcessor", **PACKED_SETTINGS},
         {"processor_class": "Qwen2_5_VLProcessor"},
     ),
     "qwen3_vl": (
         _QWEN,
-        {"image_processor_type": "Qwen2VLImageProcessor", **_PACKED},
+        {"image_processor_type": "Qwen2VLImageProcessor", **PACKED_SETTINGS},
         {
             "video_processor_type": "Qwen3VLVideoProcessor",
-            **_PACKED,
+            **PACKED_SETTINGS,
             "size": {"shortest_edge": 256, "longest_edge": 4096},
         },
         {"processor_class": "Qwen3VLProcessor"},

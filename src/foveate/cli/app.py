@@ -20,7 +20,6 @@ from foveate.cli.output import (
     segment_line,
     stage_table,
 )
-from foveate.core.card import STAGES
 
 app = typer.Typer(
     name="foveate",
@@ -88,7 +87,10 @@ def list_command(
     pattern: Annotated[str, typer.Argument(help='Names to list, such as "*prune".')] = "*",
     stage: Annotated[
         str | None,
-        typer.Option("--stage", help=f"Only methods that act here: {', '.join(STAGES)}."),
+        typer.Option(
+            "--stage",
+            help="Only methods that act here: frames, patches, encoder, projector, decoder, cache.",
+        ),
     ] = None,
     kind: Annotated[
         str | None,

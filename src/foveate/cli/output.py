@@ -9,18 +9,18 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from foveate.core.recipe import Recipe
-from foveate.core.report import Report, merge_layers
 from foveate.errors import FoveateError
 from foveate.view.charts import count, duration, flops
-from foveate.view.html import whither
+
+if TYPE_CHECKING:
+    from foveate.core import Recipe, Report
 
 BAD_INPUT, INTERRUPTED = 2, 130
 
@@ -113,7 +113,10 @@ def progress(enabled: bool = True) -> Iterator[Callable[[str, int, int], None]]:
 
 
 def stage_table(report: Report, missing: list[tuple[str, str]] | None = None) -> Table:
-    """Tokens before and after every stage; stages that could not run say why."""
+    """Tokens before and after every stage; stages that could not run say so."""
+    from foveate.core.report import merge_layers
+    from foveate.view.html import whither
+
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for name in ("stage", "method"):
         table.add_column(name)

@@ -5,21 +5,24 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from foveate.view.draw import draw_item, draw_kept
-from foveate.view.html import render_report, save_report
-
 if TYPE_CHECKING:
     from foveate.view.answer import Answer, ask, load_model
+    from foveate.view.draw import draw_item, draw_kept
     from foveate.view.encoders import Encoder, load_encoder
+    from foveate.view.html import render_report, save_report
     from foveate.view.show import show_video
 
-# Drawing needs no model; what runs one is loaded when used.
+# Resolved at first use: help texts and charts need neither torch nor Pillow.
 _LAZY = {
     "Answer": "foveate.view.answer",
     "Encoder": "foveate.view.encoders",
     "ask": "foveate.view.answer",
+    "draw_item": "foveate.view.draw",
+    "draw_kept": "foveate.view.draw",
     "load_encoder": "foveate.view.encoders",
     "load_model": "foveate.view.answer",
+    "render_report": "foveate.view.html",
+    "save_report": "foveate.view.html",
     "show_video": "foveate.view.show",
 }
 

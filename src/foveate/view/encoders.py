@@ -217,11 +217,15 @@ class EncoderPass:
             )
 
     def __enter__(self) -> EncoderPass:
-        if self._stage is not None:
-            self._handles += self._stage.install()
-        if self.signals:
-            tap = TowerTap(self.tower, self.tower.feature_block, self._observe)
-            self._handles += tap.handles
+        try:
+            if self._stage is not None:
+                self._stage.install(self._handles)
+            if self.signals:
+                tap = TowerTap(self.tower, self.tower.feature_block, self._observe)
+                self._handles += tap.handles
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -261,9 +265,10 @@ class EncoderPass:
         block, prefix = self.tower.feature_block, self.tower.num_prefix
         with torch.no_grad():
             q_BHND, k_BHND = self.tower.assemble_qk(block, captured, kwargs)
+            size_BN = None if self._stage is None else self._stage.sizes()
             for name in self.signals:
                 read = cls_attention if name == _CLS else patch_received
-                score_TP = read(q_BHND, k_BHND, prefix)
+                score_TP = read(q_BHND, k_BHND, prefix, size_BN)
                 if self._stage is not None:
                     score_TP = self._stage.unmerge_scores(score_TP)
                 self._scores[name] = score_TP
