@@ -7,14 +7,10 @@ VENV ?= .venv
 # The first interpreter on the path that is new enough.
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; do \
   $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
-# The CPU build of torch is a tenth of the CUDA build. It is looked for in the package index that
-# pip is configured with, then in TORCH_INDEX.
-ifeq ($(shell uname -s),Linux)
-TORCH ?= torch==2.13.0+cpu
-else
+# The pinned torch. Where the package index offers only the CUDA build of it, TORCH_INDEX can name
+# an additional index that has the CPU build, a tenth of the size.
 TORCH ?= torch==2.13.0
-endif
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
 # Parallel test processes.
 JOBS ?= 2
 # Extra arguments: make test ARGS="-k holitom", make demo ARGS="--frames 16".
@@ -75,9 +71,7 @@ $(VENV)/.torch:
 	  echo "foveate needs Python 3.11 or newer and found none; try make PYTHON=/path/to/python" >&2; exit 1; fi
 	@echo "Creating $(VENV) (a minute or two, once)"
 	@$(PYTHON) -m venv $(VENV) || { echo "on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
-	@$(PIP) install --quiet "$(TORCH)" || { \
-	  echo "$(TORCH) is not in your package index; trying $(TORCH_INDEX)"; \
-	  $(PIP) install --quiet "$(TORCH)" --extra-index-url $(TORCH_INDEX); }
+	@$(PIP) install --quiet "$(TORCH)" $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml
