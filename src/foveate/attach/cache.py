@@ -50,6 +50,11 @@ class ReducedLayer(DynamicLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         num_new = key_states.shape[-2]
+        if self._expected is None and (self.length != self.seen or self.shift_B is not None):
+            raise AttachmentError(
+                "This cache was shortened; without the recipe the model would mask and number it "
+                "as if it were whole. Go on inside foveate.reduce(...), or start a new cache."
+            )
         valid_BQ, num_tokens = self._expected or (None, num_new)
         self._expected = None
         self.valid_BT = join_valid(
@@ -169,6 +174,11 @@ def refuse_unsupported(cache: Cache) -> None:
     A static cache would attend to the zero keys in the slots that pruned layers never wrote,
     without any error; a sliding window would count slots instead of positions.
     """
+    if getattr(cache, "offloading", False):
+        raise AttachmentError(
+            "An offloaded cache moves its layers away before they can be reduced; use the default "
+            "dynamic cache."
+        )
     for layer in cache.layers:
         if isinstance(layer, StaticLayer):
             raise AttachmentError(
