@@ -208,9 +208,7 @@ class DecoderCall:
         )
         with torch.no_grad():
             reduction = step.method.decoder(tokens, context)
-        if reduction is None or reduction.is_identity:
-            return None
-        return reduction.to(hidden_BLD.device)
+        return _placed(reduction, step.method, hidden_BLD.device)
 
     def _write_merged(
         self,
@@ -395,9 +393,20 @@ class DecoderCall:
                 cached.values[sample : sample + 1, :, slots_N],
                 context,
             )
-        if reduction is None or reduction.is_identity:
-            return None
-        return reduction.to(cached.keys.device)
+        return _placed(reduction, step.method, cached.keys.device)
+
+
+def _placed(reduction: Reduction | None, method: Method, device: torch.device) -> Reduction | None:
+    """The reduction if it changes anything, checked for what the middle of a sequence needs."""
+    if reduction is None or reduction.is_identity:
+        return None
+    anchor_M = reduction.anchor_BM[0].sort().values
+    if bool((anchor_M < 0).any() | (anchor_M[1:] == anchor_M[:-1]).any()):
+        raise ValueError(
+            f"{method.name}: tokens inside the language model stand in the place of one of their "
+            f"sources, each in another; its reduction has the anchors {anchor_M.tolist()[:20]}."
+        )
+    return reduction.to(device)
 
 
 def visual_rows(
