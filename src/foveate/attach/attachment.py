@@ -104,8 +104,7 @@ class Attachment:
         self._handles: list[Any] = []
         self._hooked: list[nn.Module] = []
         self._watch: FeatureWatch | None = None
-        self._local = threading.local()
-        self._encoder_run: EncoderRun | None = None
+        self._encoder_reduction: Reduction | None = None
         with _LOCK:
             self._refuse_double()
             try:
@@ -124,8 +123,13 @@ class Attachment:
     @budget.setter
     def budget(self, value: Budget | float) -> None:
         budget = value if isinstance(value, Budget) else Budget(retain=value)
-        self._budgets = self.recipe.budgets(budget)
-        self._budget = budget
+        budgets = self.recipe.budgets(budget)
+        if any(budgets[index].num_samples is not None for index in self.recipe.at("encoder")):
+            raise AttachmentError(
+                "An encoder runs all images of a call as one batch, so its budget must be one "
+                "value; give per-sample budgets to projector or decoder methods only."
+            )
+        self._budgets, self._budget = budgets, budget
 
     @property
     def active(self) -> bool:
@@ -156,7 +160,6 @@ class Attachment:
         for module in self._hooked:
             _HOOKED.pop(module, None)
         self._hooked = []
-        self._local = threading.local()
 
     @property
     def attached(self) -> bool:
@@ -167,6 +170,12 @@ class Attachment:
         state = "attached" if self.attached else "removed"
         name = type(self.model).__name__
         return f"<foveate {self.recipe} on {name}, {describe_budget(self.budget)}, {state}>"
+
+    def __reduce__(self) -> Any:
+        raise AttachmentError(
+            "A model cannot be copied or pickled while a recipe is attached: its hooks belong to "
+            "this one. remove() the recipe first, or save the state_dict()."
+        )
 
     def _refuse_double(self) -> None:
         for module in self.model.modules():
@@ -202,18 +211,17 @@ class Attachment:
         tower = adapter.tower(self.model)
         for step in self.recipe:
             step.method.check(len(tower.blocks), None)
-        self._check_scalar_budget()
 
         def finished(run: EncoderRun) -> None:
             self.report = self._new_report()
             note_encoder(self.report, self.recipe, [run])
             costs.encoder_alone(self.report, run)
-            self._encoder_run = run
+            self._encoder_reduction = run.reduction
 
         costs = CostModel(self.model, has_text=False)
 
         stage = self._encoder_stage(tower, restore, finished)
-        self._handles += stage.install()
+        stage.install(self._handles)
 
     def _encoder_stage(
         self, tower: Any, restore: bool, finished: Callable[[EncoderRun], None]
@@ -221,27 +229,19 @@ class Attachment:
         steps = [(i, self.recipe.steps[i].method) for i in self.recipe.at("encoder")]
         return EncoderStage(tower, steps, lambda i: self._budgets[i], restore, finished)
 
-    def _check_scalar_budget(self) -> None:
-        if self.recipe.at("encoder") and self.budget.num_samples is not None:
-            raise AttachmentError(
-                "An encoder runs all images of a call as one batch, so its budget must be one "
-                "value; give per-sample budgets to projector or decoder methods only."
-            )
-
     @property
     def encoder_reduction(self) -> Reduction | None:
         """The composed `Reduction` of the last encoder call (prefix tokens included), or None.
 
         `run.encoder_reduction.restore(last_hidden_state)` brings dense features back.
         """
-        return None if self._encoder_run is None else self._encoder_run.reduction
+        return self._encoder_reduction
 
     # -- language model -------------------------------------------------------------------------
 
     def _attach_language_model(self, adapter: Adapter) -> None:
         towers = adapter.towers(self.model)
         unique = list({id(tower): tower for tower in towers.values()}.values())
-        self._check_scalar_budget()
         self._check_text_model(adapter)
         num_layers = len(adapter.layers(self.model))
         for step in self.recipe:
@@ -250,21 +250,20 @@ class Attachment:
         signals = self._signals(adapter, all(tower.has_cls for tower in unique))
         stages: list[EncoderStage] = []
         if self.recipe.at("encoder"):
+            self._check_feature_layers(adapter)
             stages = [self._encoder_stage(tower, True, self._note_encoder_run) for tower in unique]
 
-        def restore_scores(score_BP: Any) -> Any:
-            running = [stage for stage in stages if stage.run is not None]
-            return running[0].unmerge_scores(score_BP) if running else score_BP
+        def running() -> EncoderStage | None:
+            return next((stage for stage in stages if stage.run is not None), None)
 
-        self._watch = FeatureWatch(
-            self.model, adapter, signals, restore_scores, lambda: self.active
-        )
-        self._handles += self._watch.install()
+        self._watch = FeatureWatch(self.model, adapter, signals, running, lambda: self.active)
+        self._watch.install(self._handles)
         for stage in stages:
-            self._handles += stage.install()
+            stage.install(self._handles)
         costs = CostModel(self.model, has_text=True)
 
-        def publish(report: Report, records: list[FeatureRecord], runs: list[EncoderRun]) -> None:
+        def publish(report: Report, records: list[FeatureRecord]) -> None:
+            runs = [run for record in records for run in record.encoder_runs]
             note_encoder(report, self.recipe, runs)
             costs.language_model(report, records, runs)
             self.report = report
@@ -279,10 +278,8 @@ class Attachment:
             mask_only=self.mask_only,
             seed=self.seed,
         )
-        language = LanguageStage(
-            self.model, adapter, self._watch, settings, self._take_encoder_runs
-        )
-        self._handles += language.install()
+        language = LanguageStage(self.model, adapter, self._watch, settings)
+        language.install(self._handles)
 
     def _check_order(self) -> None:
         for index in self.recipe.at("projector")[1:]:
@@ -292,6 +289,16 @@ class Attachment:
                     f"{method.name} reads the frames and rows of an item, so no other projector "
                     f"method can come before it: put it first in {self.recipe}."
                 )
+
+    def _check_feature_layers(self, adapter: Adapter) -> None:
+        key = adapter.feature_layer_key
+        layers = getattr(adapter.base(self.model).config, key, -1) if key else -1
+        if isinstance(layers, (list, tuple)) and len(layers) > 1:
+            raise AttachmentError(
+                f"The features of this model join the blocks {list(layers)}, which have different "
+                "lengths once the encoder is shortened; encoder-stage methods need one feature "
+                "layer. Use a projector or decoder method."
+            )
 
     def _check_text_model(self, adapter: Adapter) -> None:
         config = adapter.text_config(self.model)
@@ -322,10 +329,6 @@ class Attachment:
         return chosen
 
     def _note_encoder_run(self, run: EncoderRun) -> None:
-        self._local.encoder_runs = [*self._take_encoder_runs(), run]
-        self._encoder_run = run
-
-    def _take_encoder_runs(self) -> list[EncoderRun]:
-        runs = getattr(self._local, "encoder_runs", [])
-        self._local.encoder_runs = []
-        return runs
+        self._encoder_reduction = run.reduction
+        if self._watch is not None and self._watch.current is not None:
+            self._watch.current.encoder_runs.append(run)

@@ -30,7 +30,8 @@ class EncoderRun:
     """One forward call of an encoder.
 
     Attributes:
-        tokens: the sequence after the last reduction (features of that moment); None before any.
+        tokens: the sequence after the last reduction (features of that moment); None before any
+            and after the call.
         reduction: from the encoder's tokens to the present ones, prefix included; None: untouched.
         lengths: tokens per image that the MLP of each block saw.
         attention_lengths: tokens per image that the attention of each block saw.
@@ -104,13 +105,11 @@ class EncoderStage:
 
     # -- hooks ----------------------------------------------------------------------------------
 
-    def install(self) -> list[Any]:
-        """Register all hooks; returns their handles."""
+    def install(self, handles: list[Any]) -> None:
+        """Register all hooks, adding them to `handles`."""
         tower = self.tower
-        handles: list[Any] = [
-            tower.module.register_forward_pre_hook(self._start),
-            tower.module.register_forward_hook(self._finish, always_call=True),
-        ]
+        handles.append(tower.module.register_forward_pre_hook(self._start))
+        handles.append(tower.module.register_forward_hook(self._finish, always_call=True))
         for index, block in enumerate(tower.blocks):
             handles.append(
                 block.register_forward_pre_hook(self._before_block(index), with_kwargs=True)
@@ -128,7 +127,6 @@ class EncoderStage:
             handles.append(tower.mlp_outputs[index].register_forward_hook(self._after_mlp))
             # Ahead of the hooks with which transformers records hidden states.
             handles.append(block.register_forward_hook(self._after_block(index), prepend=True))
-        return handles
 
     def _start(self, module: nn.Module, args: tuple) -> None:
         active = any(not self.budget(index).is_full for index, _ in self.steps)
@@ -136,7 +134,10 @@ class EncoderStage:
 
     def _finish(self, module: nn.Module, args: tuple, output: Any) -> None:
         run, self._local.run = self.run, None
-        if run is not None and run.lengths:
+        if run is not None and run.lengths and output is not None:
+            # The run outlives the call in the report; its features must not.
+            run.tokens = run.captured = None
+            run.state = {}
             self.finished(run)
 
     def _before_block(self, index: int) -> Callable:

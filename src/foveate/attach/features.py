@@ -12,9 +12,10 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
@@ -41,6 +42,7 @@ class FeatureRecord:
         grid_thw: (frames, rows, columns) in patches per item of a packed encoder.
         num_prefix: prefix tokens per image.
         shrinks_itself: the encoder merges neighbours before the projector sees them.
+        encoder_runs: what encoder-stage methods did in this call.
     """
 
     modality: Modality
@@ -52,6 +54,18 @@ class FeatureRecord:
     num_prefix: int = 0
     shrinks_itself: bool = False
     scores: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    encoder_runs: list[Any] = field(default_factory=list)
+
+
+class Shortened(Protocol):
+    """An encoder stage in the middle of a call."""
+
+    def sizes(self) -> torch.Tensor | None:
+        """How many tokens each present one stands for, where attention weighs by it."""
+
+    def unmerge_scores(self, score_BP: torch.Tensor) -> torch.Tensor:
+        """Scores of the present patches as scores of all patches."""
+        ...
 
 
 class FeatureWatch:
@@ -61,7 +75,7 @@ class FeatureWatch:
         model: the model.
         adapter: its adapter.
         signals: encoder signals that the recipe reads.
-        restore: un-merges [B, P'] scores when an encoder stage shortened the sequence.
+        shortened: the running encoder stage, if one may have shortened the sequence.
         active: whether anything is to be reduced at the moment; if not, nothing is recorded.
     """
 
@@ -70,18 +84,19 @@ class FeatureWatch:
         model: nn.Module,
         adapter: Adapter,
         signals: set[str],
-        restore: Callable[[torch.Tensor], torch.Tensor],
+        shortened: Callable[[], Shortened | None],
         active: Callable[[], bool],
     ) -> None:
         self.model = model
         self.adapter = adapter
         self.signals = signals
-        self.restore = restore
+        self.shortened = shortened
         self.active = active
         self.base = adapter.base(model)
         self.towers = adapter.towers(model)
         self._local = threading.local()
-        self._wrapped: list[str] = []
+        self._replaced: dict[str, Any] = {}
+        self._kept: dict[int, tuple[weakref.ref, FeatureRecord]] = {}
 
     # -- state of the running call --------------------------------------------------------------
 
@@ -90,27 +105,32 @@ class FeatureWatch:
         """The record of the feature method that is running in this thread."""
         return getattr(self._local, "current", None)
 
+    def begin(self, outputs: Mapping[str, Any]) -> None:
+        """A call of the model starts; `outputs` are features computed earlier, by modality.
+
+        Records of features that this call does not use are forgotten.
+        """
+        pending = getattr(self._local, "pending", {})
+        self._local.pending = {}
+        for modality, output in outputs.items():
+            kept = self._kept.get(id(output))
+            record = kept[1] if kept is not None else pending.get(modality)
+            if record is not None:
+                self._local.pending[modality] = record
+
     def take(self) -> dict[str, FeatureRecord]:
-        """The records made since the last call of this function, by modality."""
+        """The records of the running call, by modality."""
         pending = getattr(self._local, "pending", {})
         self._local.pending = {}
         return pending
 
-    def available(self) -> set[str]:
-        """Encoder signals that this model has."""
-        names = {"encoder.received_attention"}
-        if all(tower.has_cls for tower in self.towers.values()):
-            names.add("encoder.cls_attention")
-        return names
-
     # -- installing -----------------------------------------------------------------------------
 
-    def install(self) -> list[Any]:
-        """Wrap the feature methods and hook the encoders; returns the hook handles."""
+    def install(self, handles: list[Any]) -> None:
+        """Wrap the feature methods and hook the encoders; adds the hooks to `handles`."""
         for modality, name in self.adapter.feature_methods.items():
             if hasattr(self.base, name):
                 self._wrap(cast("Modality", modality), name)
-        handles: list[Any] = []
         for tower in {id(t): t for t in self.towers.values()}.values():
             handles.append(tower.blocks[0].register_forward_pre_hook(self._note_shape(tower)))
             if tower.packed:
@@ -123,13 +143,16 @@ class FeatureWatch:
                 handles += TowerTap(
                     tower, tower.feature_block, self._on_attention(tower, names)
                 ).handles
-        return handles
 
     def uninstall(self) -> None:
-        """Delete the instance attributes that `install` set."""
-        for name in self._wrapped:
-            self.base.__dict__.pop(name, None)
-        self._wrapped.clear()
+        """Put the instance's attributes back as `install` found them."""
+        for name, previous in self._replaced.items():
+            if previous is None:
+                self.base.__dict__.pop(name, None)
+            else:
+                self.base.__dict__[name] = previous
+        self._replaced.clear()
+        self._kept.clear()
 
     def _wrap(self, modality: Modality, name: str) -> None:
         original = getattr(self.base, name)
@@ -151,8 +174,8 @@ class FeatureWatch:
             self._finish(record, arguments, output)
             return output
 
-        object.__setattr__(self.base, name, watched)
-        self._wrapped.append(name)
+        self._replaced[name] = self.base.__dict__.get(name)
+        self.base.__dict__[name] = watched
 
     def _finish(self, record: FeatureRecord, arguments: Mapping[str, Any], output: Any) -> None:
         features = getattr(output, "pooler_output", None)
@@ -167,10 +190,18 @@ class FeatureWatch:
         record.pixels = functools.partial(
             self.adapter.pixels, self.model, record.modality, arguments, record.grids
         )
-        pending = getattr(self._local, "pending", None)
-        if pending is None:
-            pending = self._local.pending = {}
-        pending[record.modality] = record
+        pending = getattr(self._local, "pending", {})
+        self._local.pending = {**pending, record.modality: record}
+        self._keep(output, record)
+
+    def _keep(self, output: Any, record: FeatureRecord) -> None:
+        """Remember what features belong to, so that they can be passed in again and again."""
+        key = id(output)
+        try:
+            reference = weakref.ref(output, lambda _: self._kept.pop(key, None))
+        except TypeError:  # tuples; only the next call knows them
+            return
+        self._kept[key] = (reference, record)
 
     def _note_shape(self, tower: VisionTower) -> Callable:
         def hook(module: nn.Module, args: tuple) -> None:
@@ -199,15 +230,17 @@ class FeatureWatch:
             with torch.no_grad():
                 q, k = tower.assemble_qk(tower.feature_block, captured, kwargs)
                 segments = tower.segments(tower.feature_block, kwargs)
+                stage = self.shortened()
+                size_BN = None if stage is None else stage.sizes()
                 for name in names:
                     if segments is not None:
                         score = _packed_received(q, k, segments)
                     elif name == "encoder.cls_attention":
-                        score = cls_attention(q, k, tower.num_prefix)
+                        score = cls_attention(q, k, tower.num_prefix, size_BN)
                     else:
-                        score = patch_received(q, k, tower.num_prefix)
-                    if segments is None:
-                        score = self.restore(score)
+                        score = patch_received(q, k, tower.num_prefix, size_BN)
+                    if stage is not None:
+                        score = stage.unmerge_scores(score)
                     record.scores.setdefault(name, []).append(score)
 
         return observe
@@ -247,18 +280,42 @@ class TowerTap:
         self.observe(captured, kwargs)
 
 
-def cls_attention(q_BHND: torch.Tensor, k_BHND: torch.Tensor, num_prefix: int) -> torch.Tensor:
-    """Attention of the [CLS] query to every patch, mean over heads: float32 [B, P]. O(B H N d)."""
-    rows_BH1N = ops.attention_rows(q_BHND[:, :, :1], k_BHND)
-    return rows_BH1N[:, :, 0, num_prefix:].mean(dim=1)
+def cls_attention(
+    q_BHND: torch.Tensor,
+    k_BHND: torch.Tensor,
+    num_prefix: int,
+    size_BN: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention of the [CLS] query to every patch, mean over heads: float32 [B, P]. O(B H N d).
+
+    With sizes, attention is weighted by them as the block itself does, and the score is that of
+    one of the patches that a token stands for.
+    """
+    bias = None if size_BN is None else size_BN.float().log()[:, None, None]
+    rows_BH1N = ops.attention_rows(q_BHND[:, :, :1], k_BHND, attn_mask=bias)
+    score_BP = rows_BH1N[:, :, 0, num_prefix:].mean(dim=1)
+    return score_BP if size_BN is None else score_BP / size_BN[:, num_prefix:]
 
 
-def patch_received(q_BHND: torch.Tensor, k_BHND: torch.Tensor, num_prefix: int) -> torch.Tensor:
+def patch_received(
+    q_BHND: torch.Tensor,
+    k_BHND: torch.Tensor,
+    num_prefix: int,
+    size_BN: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Attention every patch receives from the patches, mean over heads: float32 [B, P].
 
-    Prefix tokens take no part, neither as queries nor as keys. O(B H N^2 d) time, O(N) memory.
+    Prefix tokens take no part, neither as queries nor as keys. Sizes as in `cls_attention`; a
+    merged query counts as often as it stands for patches. O(B H N^2 d) time, O(N) memory.
     """
-    return ops.received_attention(q_BHND[:, :, num_prefix:], k_BHND[:, :, num_prefix:]).float()
+    q_BHPD, k_BHPD = q_BHND[:, :, num_prefix:], k_BHND[:, :, num_prefix:]
+    if size_BN is None:
+        return ops.received_attention(q_BHPD, k_BHPD).float()
+    size_BP = size_BN[:, num_prefix:].float()
+    sum_BP = ops.attention_column_sums(
+        q_BHPD, k_BHPD, row_weights=size_BP, attn_mask=size_BP.log()[:, None, None]
+    )
+    return sum_BP.float() / size_BP.sum(dim=1, keepdim=True) / size_BP
 
 
 def _packed_received(

@@ -6,6 +6,7 @@ in the cache layers. Nothing is kept in hook closures but layer numbers.
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,7 +17,6 @@ from torch import nn
 
 from foveate.attach.cache import adopt, is_managed, refuse_unsupported
 from foveate.attach.decoder import DecoderCall, StepPlan, visual_rows
-from foveate.attach.encoder import EncoderRun
 from foveate.attach.features import FeatureRecord, FeatureWatch
 from foveate.attach.masks import MaskMaker
 from foveate.attach.prompt import PromptReducer, find_items
@@ -36,7 +36,7 @@ class LanguageSettings:
         step_budget: the budget of a step.
         active: whether the next call removes anything.
         new_report: an empty report of a call.
-        publish: takes (report, feature records, encoder runs) of a finished call.
+        publish: takes (report, feature records) of a finished call.
     """
 
     recipe: Recipe
@@ -44,7 +44,7 @@ class LanguageSettings:
     step_budget: Callable[[int], Budget]
     active: Callable[[], bool]
     new_report: Callable[[], Report]
-    publish: Callable[[Report, list[FeatureRecord], list[EncoderRun]], None]
+    publish: Callable[[Report, list[FeatureRecord]], None]
     mask_only: bool = False
     seed: int = 0
 
@@ -69,13 +69,11 @@ class LanguageStage:
         adapter: Adapter,
         watch: FeatureWatch,
         settings: LanguageSettings,
-        take_encoder_runs: Callable[[], list[EncoderRun]],
     ) -> None:
         self.model = model
         self.adapter = adapter
         self.watch = watch
         self.settings = settings
-        self.take_encoder_runs = take_encoder_runs
         self.layers = adapter.layers(model)
         self.attentions = adapter.text_attentions(model)
         self.decoder_steps = self._plan("decoder")
@@ -85,6 +83,7 @@ class LanguageStage:
             for step in self.decoder_steps
             for layer in step.method.attention_layers(len(self.layers))
         )
+        self.compact = self._is_compact()
         self.state = _CallState()
 
     def _plan(self, stage: Any) -> list[StepPlan]:
@@ -107,10 +106,9 @@ class LanguageStage:
     def _sample_budget(self, index: int) -> Callable[[int], Budget]:
         return lambda sample: self.settings.step_budget(index).sample(sample, self.state.repeats)
 
-    def install(self) -> list[Any]:
-        """Register all hooks; returns their handles."""
+    def install(self, handles: list[Any]) -> None:
+        """Register all hooks, adding them to `handles`."""
         base, text = self.adapter.base(self.model), self.adapter.language_model(self.model)
-        handles: list[Any] = []
         register = handles.append
         if self.model is not base:
             register(self.model.register_forward_pre_hook(self._refuse_labels, with_kwargs=True))
@@ -126,7 +124,6 @@ class LanguageStage:
                 projection = attention.get_submodule(f"{name}_proj")
                 register(projection.register_forward_hook(self._note(index, name)))
             register(attention.register_forward_hook(self._leave_attention(index)))
-        return handles
 
     # -- the outer model ------------------------------------------------------------------------
 
@@ -142,18 +139,20 @@ class LanguageStage:
         state.call = state.placeholders = state.text_ids = None
         if not self.settings.active():
             return
-        has_features = bool(kwargs.get("mm_encoder_outputs")) or any(
-            value is not None for name, value in kwargs.items() if name.startswith("pixel_values")
-        )
-        if not has_features:
+        call = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+        given = {**call.pop("kwargs", {}), **call}
+        outputs = given.get("mm_encoder_outputs") or {}
+        self.watch.begin(outputs)
+        pixels = [name for name in given if name.startswith("pixel_values")]
+        if not outputs and all(given[name] is None for name in pixels):
             return
-        ids = kwargs.get("input_ids", args[0] if args else None)
+        ids = given.get("input_ids")
         token_ids = self.adapter.placeholder_ids(self.model)
         if ids is not None:
             state.placeholders = {name: ids == token for name, token in token_ids.items()}
             state.text_ids = ids
             return
-        embeds = kwargs["inputs_embeds"]
+        embeds = given["inputs_embeds"]
         table = self.adapter.language_model(self.model).get_input_embeddings()
         state.placeholders = {
             name: (embeds == table(torch.tensor(token, device=embeds.device))).all(-1)
@@ -165,9 +164,8 @@ class LanguageStage:
         call, records = state.call, list(state.records.values())
         state.call = state.placeholders = state.text_ids = None
         state.records = {}
-        runs = self.take_encoder_runs() if call is not None else []
         if call is not None and call.items and output is not None:
-            self.settings.publish(call.report, records, runs)
+            self.settings.publish(call.report, records)
 
     # -- the text model -------------------------------------------------------------------------
 
@@ -218,7 +216,7 @@ class LanguageStage:
                 for i in self.settings.recipe.at("projector")
             ],
             lambda step, sample: self._sample_budget(step)(sample),
-            self._is_compact(),
+            self.compact,
             self.settings.seed,
             report,
             self.state.text_ids,
@@ -243,14 +241,24 @@ class LanguageStage:
         shown = sum(len(sample) for sample in items)
         # Beam search repeats every sample and its items.
         state.repeats = max(1, shown // max(described, 1))
-        named = self.settings.budget().num_samples
-        if named is not None and named * state.repeats != batch:
-            raise AttachmentError(
-                f"The budget names {named} samples, the batch has {batch // state.repeats}."
-            )
+        self._match_budget(batch)
         report.layer_lengths = [[] for _ in range(batch)]
         report.cache_lengths = [[] for _ in range(batch)]
         return items
+
+    def _match_budget(self, batch: int) -> None:
+        """Find how many rows each sample of a per-sample budget has."""
+        state, named = self.state, self.settings.budget().num_samples
+        if named is None or named * state.repeats == batch:
+            return
+        repeats, rest = divmod(batch, named)
+        # Generation may expand pixels along with the prompts, so equal rows are all that tells.
+        ids = state.text_ids
+        if rest or ids is None or (ids != ids[::repeats].repeat_interleave(repeats, 0)).any():
+            raise AttachmentError(
+                f"The budget names {named} samples, the batch has {batch // state.repeats}."
+            )
+        state.repeats = repeats
 
     def _continue(
         self, module: nn.Module, embeds: torch.Tensor, kwargs: dict[str, Any]
@@ -299,6 +307,7 @@ class LanguageStage:
         return kwargs
 
     def _is_compact(self) -> bool:
+        """Whether shortened prompts are renumbered."""
         recipe = self.settings.recipe
         if self.adapter.mrope:
             if recipe.positions == "compact":
@@ -319,6 +328,11 @@ class LanguageStage:
             call = self.state.call
             if call is None:
                 return None
+            if getattr(module, "gradient_checkpointing", False) and module.training:
+                raise AttachmentError(
+                    "Gradient checkpointing runs layers again after the call is over, when their "
+                    "reductions are gone: call model.gradient_checkpointing_disable()."
+                )
             hidden, kwargs = call.enter_layer(
                 index, args[0] if args else kwargs["hidden_states"], kwargs
             )
