@@ -237,7 +237,7 @@ def test_show_prints_the_stages_and_writes_the_picture(
         assert part in out
     assert f"wrote {target}" in " ".join(out.split())
     html = target.read_text()
-    assert "clip.mp4: holitom kept" in html and html.count('class="view"') == 6
+    assert "clip.mp4: what holitom kept" in html and html.count('class="view"') == 6
 
 
 def test_show_as_json_is_one_document_and_writes_nothing(

@@ -107,6 +107,7 @@ def test_tome_runs_inside_the_encoder_and_its_groups_stay_within_frames() -> Non
     flops = report.flops
     assert flops["reduced"]["encoder"] < flops["untouched"]["encoder"]
     assert "prefill (reference 7B LLM)" not in flops["untouched"]
+    assert list(report.seconds) == ["decode", "encode", "encoder methods", "reduce"]
 
 
 def test_encoder_and_projector_stages_compose() -> None:

@@ -194,7 +194,7 @@ def show_command(
         )
         if target is not None:
             tell("write the report", 0, 1)
-            save_report(report, target, title=f"{Path(source).name}: {made} kept")
+            save_report(report, target, title=f"{Path(source).name}: what {made} kept")
     if as_json:
         document = report.as_dict() | {"video": str(source), "html": target and str(target)}
         document["segments"] = report.items[0].annotations.get("segments", [])

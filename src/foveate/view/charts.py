@@ -88,7 +88,7 @@ def bars_chart(
         title: read out in place of the picture.
         parts: names of all parts, in the order of their colours.
     """
-    left, right, step = 104, 116, 34
+    left, right, step = 124, 116, 34
     most = max((sum(value for _, value in values) for _, values, _ in rows), default=0) or 1
     scale = (_WIDTH - left - right) / most
     drawn = []

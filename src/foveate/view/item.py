@@ -40,6 +40,7 @@ def item_section(item: ItemReport, number: int, report: Report, frames: Any, bud
     )
     aspect = thumbs[0].width / thumbs[0].height
     wide = round(min(max(210 * aspect**0.5, 170), 330)) if len(shown) > 2 else 460
+    many = " many" if len(shown) > 64 else ""
     data = (
         f' data-groups="{packed_groups(view)}" data-tokens="{view.num_groups}"'
         f' data-wide="{int(view.num_groups >= 2**16 - 1)}" data-alive="{packed_alive(view)}"'
@@ -48,7 +49,7 @@ def item_section(item: ItemReport, number: int, report: Report, frames: Any, bud
         f'<section class="item" aria-label="{escape(name, quote=True)}"{data}>'
         f"<header><h2>{escape(name)}</h2><p>{_summary(item, view, step)}</p></header>"
         f"{_axis(view, number) if len(view.planes) > 1 else ''}{_depth(view, number)}"
-        f'<div class="frames" style="--wide:{wide}px">{cards}</div></section>'
+        f'<div class="frames{many}" style="--wide:{wide}px">{cards}</div></section>'
     )
 
 
