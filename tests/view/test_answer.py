@@ -57,6 +57,7 @@ def test_videos_of_every_family_are_answered_untouched_and_reduced(
     assert 0 < report.visual_after < report.visual_before < plain.prompt_tokens
     assert report.items[0].modality == "video"
     assert report.items[0].seconds == [0.0, 0.5, 1.0, 1.5, 2.0, 2.5]
+    assert report.items[0].pixels().shape == (6, 3, 40, 64)
     again = ask(model, processor, Clip(frames(), fps=2), "what is in the video", max_new_tokens=4)
     assert again.text == plain.text
 

@@ -21,8 +21,8 @@ from foveate.errors import DamagedVideoWarning, UnknownModelError
 from foveate.models import adapter_for
 from foveate.models.encoders import EncoderAdapter
 from foveate.video import Clip, Frames
-from foveate.view.processors import load_processor, prepare
-from foveate.view.sources import check_checkpoint
+from foveate.view.processors import load_processor, prepare, sees_whole_frames
+from foveate.view.sources import check_checkpoint, picture_sized
 
 
 @dataclass(eq=False)
@@ -175,8 +175,12 @@ def ask(
     finally:
         if run is not None:
             run.remove()
-    for item in answer.report.items:
-        item.seconds = taken.seconds.tolist() if len(taken) > 1 else None
+    if len(answer.report.items) == 1 and len(taken) > 1:
+        (item,) = answer.report.items
+        item.seconds = taken.seconds.tolist()
+        if sees_whole_frames(processor):
+            # In their own proportions and resolution, not as the encoder gets them.
+            item.pixels = lambda: picture_sized(taken.pixels)
     if taken.damage:
         answer.report.notes.append(taken.damage.reason)
     return answer

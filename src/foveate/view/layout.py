@@ -122,13 +122,13 @@ def view_item(item: ItemReport) -> ItemView:
 def frame_of_plane(plane: int, num_planes: int, num_frames: int) -> int:
     """The first frame that a plane shows, when planes cover equal runs of frames.
 
+    The last run may be short: processors fill it up with the last frame.
+
     Example:
-        >>> [frame_of_plane(p, 2, 4) for p in range(2)], frame_of_plane(1, 2, 1)
-        ([0, 2], 0)
+        >>> [frame_of_plane(p, 3, 5) for p in range(3)], frame_of_plane(1, 2, 1)
+        ([0, 2, 4], 0)
     """
-    return (
-        plane * num_frames // num_planes if num_frames >= num_planes else min(plane, num_frames - 1)
-    )
+    return min(plane * -(-num_frames // num_planes), num_frames - 1)
 
 
 def _groups(item: ItemReport, num_tokens: int) -> tuple[np.ndarray, np.ndarray]:

@@ -258,6 +258,14 @@ def prepare(processor: Any, frames: Frames, question: str, is_image: bool) -> di
     return dict(processor(**options))
 
 
+def sees_whole_frames(processor: Any) -> bool:
+    """Whether it is known that frames of videos are scaled but never cropped."""
+    stand_in = getattr(processor, "video_processor", None)
+    if isinstance(stand_in, StackedFrames):
+        return stand_in.transform.crop_size is None
+    return isinstance(stand_in, PackedFrames)
+
+
 def _metadata(frames: Frames) -> Any:
     from transformers.video_utils import VideoMetadata
 

@@ -31,16 +31,15 @@ from foveate.core import (
 )
 from foveate.errors import DamagedVideoWarning, RecipeError
 from foveate.video import Clip
-from foveate.video.resize import resize
 from foveate.video.sampling import sample_ranks
 from foveate.view.costs import count_flops, note_missing_stages
 from foveate.view.encoders import Encoded, Encoder, EncoderPass, load_encoder
+from foveate.view.sources import picture_sized
 
 #: Told (what, done, total) while something takes long.
 Progress = Callable[[str, int, int], None]
 
 _DECODE_CHUNK = 64
-_PICTURE_SIDE = 640
 
 
 def show_video(
@@ -166,7 +165,7 @@ def _run(
             if taken.damage:
                 lost.append(taken.damage.reason)
             seconds += taken.seconds.tolist()
-            pictures.append(_picture_sized(running.encoder.shown(taken.pixels)))
+            pictures.append(picture_sized(running.encoder.shown(taken.pixels)))
             spent["decode"] += time.perf_counter() - begin
             for part in taken.pixels.split(batch):
                 tell("encode", done, frames)
@@ -178,14 +177,6 @@ def _run(
     report.seconds.update(spent)
     report.notes += [f"{clip.name}: {reason}" for reason in dict.fromkeys(lost)]
     return torch.cat(pictures), seconds
-
-
-def _picture_sized(pixels_TCHW: Tensor) -> Tensor:
-    height, width = pixels_TCHW.shape[-2:]
-    scale = _PICTURE_SIDE / max(height, width)
-    if scale >= 1:
-        return pixels_TCHW
-    return resize(pixels_TCHW, (max(1, round(height * scale)), max(1, round(width * scale))))
 
 
 def _reduce(

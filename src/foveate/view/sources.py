@@ -5,10 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from foveate.errors import UnknownModelError, UnsupportedVideoError
 from foveate.video import Clip
+from foveate.video.resize import resize
 
 _PICTURES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+_PICTURE_SIDE = 640
 
 
 def open_clip(source: Any) -> Clip:
@@ -44,3 +48,12 @@ def check_checkpoint(name: str | Path) -> None:
         raise UnknownModelError(
             f"{text}: no such folder; name the folder of a transformers checkpoint or its hub id."
         )
+
+
+def picture_sized(pixels_TCHW: Tensor) -> Tensor:
+    """Frames no longer than a report can show, uint8 [T, 3, h, w] with sides up to 640 pixels."""
+    height, width = pixels_TCHW.shape[-2:]
+    scale = _PICTURE_SIDE / max(height, width)
+    if scale >= 1:
+        return pixels_TCHW
+    return resize(pixels_TCHW, (max(1, round(height * scale)), max(1, round(width * scale))))
