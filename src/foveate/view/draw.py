@@ -232,5 +232,5 @@ def _dots(marked_HW: np.ndarray, cell: tuple[int, int]) -> np.ndarray:
     """bool [h, w]: a disc in the middle of every marked cell."""
     y = (np.arange(cell[0]) - (cell[0] - 1) / 2)[:, None]
     x = (np.arange(cell[1]) - (cell[1] - 1) / 2)[None]
-    disc = x**2 + y**2 <= (max(min(cell) / 7, 1.0)) ** 2
+    disc = x**2 + y**2 <= (min(max(min(cell) / 7, 1.0), 4.0)) ** 2
     return _enlarge(marked_HW, cell) & np.tile(disc, marked_HW.shape)
