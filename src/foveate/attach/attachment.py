@@ -15,6 +15,7 @@ from foveate.attach.encoder import EncoderRun, EncoderStage
 from foveate.attach.features import FeatureRecord, FeatureWatch
 from foveate.attach.language import LanguageSettings, LanguageStage
 from foveate.attach.reporting import CostModel, describe_budget, note_encoder
+from foveate.attach.single import OfOneModel
 from foveate.core import Budget, Method, Recipe, Reduction, Report
 from foveate.errors import AttachmentError, MissingSignalError
 from foveate.models.adapter import Adapter
@@ -73,7 +74,7 @@ def reduce(
     return Attachment(model, made, budget, mask_only=mask_only, restore=restore, seed=seed)
 
 
-class Attachment:
+class Attachment(OfOneModel):
     """A recipe on a model. Made by `reduce`; `remove()` or leaving the `with` block undoes it.
 
     Attributes:
@@ -171,13 +172,12 @@ class Attachment:
         name = type(self.model).__name__
         return f"<foveate {self.recipe} on {name}, {describe_budget(self.budget)}, {state}>"
 
-    def __reduce__(self) -> Any:
-        raise AttachmentError(
-            "A model cannot be copied or pickled while a recipe is attached: its hooks belong to "
-            "this one. remove() the recipe first, or save the state_dict()."
-        )
-
     def _refuse_double(self) -> None:
+        if hasattr(self.model, "_orig_mod") or self.model._compiled_call_impl is not None:
+            raise AttachmentError(
+                "This model is compiled, and what was traced knows no hooks: attach to the model "
+                "itself and do not compile it."
+            )
         for module in self.model.modules():
             if module in _HOOKED:
                 raise AttachmentError(

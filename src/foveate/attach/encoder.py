@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from foveate.attach.features import TowerTap
+from foveate.attach.single import OfOneModel
 from foveate.core import Budget, EncoderContext, Method, Reduction, Tokens
 from foveate.errors import AttachmentError
 from foveate.models.tower import VisionTower
@@ -55,7 +56,7 @@ class EncoderRun:
     restored: bool = False
 
 
-class EncoderStage:
+class EncoderStage(OfOneModel):
     """Encoder-stage methods on one tower.
 
     Args:

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from foveate import ops
+from foveate.attach.single import OfOneModel
 from foveate.core import Grid, Modality
 from foveate.models.adapter import Adapter
 from foveate.models.tower import VisionTower
@@ -68,7 +69,7 @@ class Shortened(Protocol):
         ...
 
 
-class FeatureWatch:
+class FeatureWatch(OfOneModel):
     """Records every call of the feature methods of one model.
 
     Args:
@@ -156,7 +157,8 @@ class FeatureWatch:
 
     def _wrap(self, modality: Modality, name: str) -> None:
         original = getattr(self.base, name)
-        signature = inspect.signature(original)
+        # Of the class: something else may have wrapped the method of the instance before.
+        signature = inspect.signature(getattr(type(self.base), name).__get__(self.base))
 
         @functools.wraps(original)
         def watched(*args: Any, **kwargs: Any) -> Any:
@@ -246,7 +248,7 @@ class FeatureWatch:
         return observe
 
 
-class TowerTap:
+class TowerTap(OfOneModel):
     """Hooks that hand the query and key projections of one block to an observer.
 
     The observer is called right after the block's attention, before anything else in the block.

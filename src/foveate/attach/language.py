@@ -21,6 +21,7 @@ from foveate.attach.features import FeatureRecord, FeatureWatch
 from foveate.attach.masks import MaskMaker
 from foveate.attach.prompt import PromptReducer, find_items
 from foveate.attach.sequence import Sequence, VisualItem
+from foveate.attach.single import OfOneModel
 from foveate.core import Budget, Recipe, Report
 from foveate.errors import AttachmentError
 from foveate.models.adapter import Adapter
@@ -60,7 +61,7 @@ class _CallState(threading.local):
     repeats: int = 1
 
 
-class LanguageStage:
+class LanguageStage(OfOneModel):
     """The projector, decoder and cache stages of a recipe on one model."""
 
     def __init__(
@@ -171,8 +172,12 @@ class LanguageStage:
 
     def _enter_text(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         has_visual = self.state.placeholders is not None
-        if not has_visual and not is_managed(kwargs.get("past_key_values")):
-            return None
+        cache = kwargs.get("past_key_values")
+        if not is_managed(cache):
+            if not has_visual:
+                return None
+            if cache is not None:
+                refuse_unsupported(cache)
         kwargs = dict(kwargs)
         embeds = kwargs.get("inputs_embeds")
         if embeds is None:
@@ -195,8 +200,6 @@ class LanguageStage:
         """A call with new visual tokens."""
         config: Any = module.config
         cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
-        if cache is not None and not is_managed(cache):
-            refuse_unsupported(cache)
         report = self.settings.new_report()
         batch, length = embeds.shape[:2]
         items = self._find_items(batch, report)
@@ -331,7 +334,7 @@ class LanguageStage:
             if getattr(module, "gradient_checkpointing", False) and module.training:
                 raise AttachmentError(
                     "Gradient checkpointing runs layers again after the call is over, when their "
-                    "reductions are gone: call model.gradient_checkpointing_disable()."
+                    "reductions are gone: switch it off."
                 )
             hidden, kwargs = call.enter_layer(
                 index, args[0] if args else kwargs["hidden_states"], kwargs
