@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from oracle_methods import DropAll, EveryOther, EveryOtherAtEntry, EveryOtherSlot, KeepAll
-from tiny import TINY_FAMILIES, Sample, tiny_inputs, tiny_modalities, tiny_model
 
 import foveate
+from tiny import TINY_FAMILIES, Sample, tiny_inputs, tiny_modalities, tiny_model
 
 TOLERANCE = 1e-5
 CASES = [(f, m) for f in TINY_FAMILIES for m in tiny_modalities(f)]
