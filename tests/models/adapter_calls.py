@@ -43,6 +43,14 @@ class Call:
     def grids(self) -> list[Any]:
         return self.adapter.grids(self.model, self.modality, self.arguments, self.features)
 
+    def encode_again(self) -> None:
+        """Repeat the feature method alone, without the language model."""
+        arguments = {**self.arguments, **self.arguments.get("kwargs", {})}
+        arguments.pop("kwargs", None)
+        method = getattr(self.adapter.base(self.model), self.adapter.feature_methods[self.modality])
+        with torch.no_grad():
+            self.features = method(**arguments).pooler_output
+
     @property
     def items(self) -> list[torch.Tensor]:
         return self.adapter.split_features(self.model, self.features, self.grids)

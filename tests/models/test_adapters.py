@@ -158,8 +158,7 @@ def score_shape(call: Call) -> tuple[int, ...]:
     seen: list[torch.Size] = []
     block = call.tower.blocks[0]
     handle = block.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
-    with torch.no_grad():
-        call.model(**call.inputs)
+    call.encode_again()
     handle.remove()
     shape = tuple(seen[0][:-1])
     return (*shape[:-1], shape[-1] - call.tower.num_prefix)
@@ -178,8 +177,7 @@ def test_scores_go_the_way_of_the_features(family: str, modality: str) -> None:
     assert {score.dtype for score in (*mapped, *half)} == {torch.float32}
 
     carry_scores(call, scores)
-    with watched(call), torch.no_grad():
-        call.model(**call.inputs)
+    call.encode_again()
     items = call.items
     for score, item, grid in zip(mapped, items, call.grids, strict=True):
         is_patch = grid.kinds() == TokenKind.PATCH

@@ -31,6 +31,7 @@ class VipLlavaAdapter(LlavaAdapter):
     family = "vipllava"
     model_types = ("vipllava",)
     docs_name = "ViP-LLaVA"
+    feature_layer_key = "vision_feature_layers"
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +52,7 @@ def vip_llava() -> nn.Module:
         vision_config={"model_type": "clip_vision_model", **vision},
         text_config={"model_type": "llama", **text},
         image_token_index=110,
-        vision_feature_layer=[1, 3, -2],
+        vision_feature_layers=[1, 3, -2],
     )
     return VipLlavaForConditionalGeneration(config).eval()
 

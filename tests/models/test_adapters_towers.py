@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_calls import CASES, run, watched
+from adapter_calls import CASES, run
 
 from foveate.models import adapter_for
 from foveate.models.tower import VisionTower
@@ -143,8 +143,7 @@ def test_features_come_from_the_feature_block(family: str, modality: str) -> Non
     changed = []
     for block in tower.blocks[tower.feature_block :]:
         handle = block.register_forward_hook(lambda _m, _i, out: out * 2 + 1, prepend=True)
-        with watched(call), torch.no_grad():
-            call.model(**call.inputs)
+        call.encode_again()
         handle.remove()
         after = torch.cat(call.items)
         changed.append(not torch.equal(before, after))
