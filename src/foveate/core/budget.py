@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, get_args
 
 from foveate.ops.allocate import proportional
 
@@ -16,10 +16,11 @@ Rounding = Literal["half_even", "floor", "ceil"]
 class Budget:
     """Either `retain`, the fraction of tokens kept in (0, 1], or `tokens`, an absolute count.
 
-    Both may be a sequence with one value per sample of the batch. Giving neither means keep all.
+    Both may be a sequence (list, array, tensor) with one value per sample of the batch. Giving
+    neither means keep all.
 
     Raises:
-        ValueError: both are given, or a value is out of range.
+        ValueError: both are given, a value is out of range, or a sequence is empty.
 
     Example:
         >>> Budget(retain=0.15).count(196), Budget(tokens=64).count(196), Budget().is_full
@@ -28,8 +29,8 @@ class Budget:
         Budget(retain=0.1, tokens=None)
     """
 
-    retain: float | tuple[float, ...] | None = None
-    tokens: int | tuple[int, ...] | None = None
+    retain: float | Sequence[float] | None = None
+    tokens: int | Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         if self.retain is not None and self.tokens is not None:
@@ -37,11 +38,12 @@ class Budget:
                 f"Give retain or tokens, not both (got retain={self.retain}, tokens={self.tokens})."
             )
         for name in ("retain", "tokens"):
-            value = getattr(self, name)
-            if isinstance(value, Sequence) and not isinstance(value, str):
-                object.__setattr__(self, name, tuple(value))
+            value = _plain(getattr(self, name))
+            if value == ():
+                raise ValueError(f"{name} names no sample: give one value, or one per sample.")
+            object.__setattr__(self, name, value)
         for value in _values(self.retain):
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
+            if isinstance(value, bool) or not isinstance(value, int | float):
                 raise ValueError(f"retain must be a number in (0, 1], got {value!r}.")
             if not 0 < value <= 1:
                 raise ValueError(
@@ -75,7 +77,7 @@ class Budget:
         if self.num_samples is None:
             return self
         index = index // repeats
-        if index >= self.num_samples:
+        if not 0 <= index < self.num_samples:
             raise ValueError(
                 f"The budget names {self.num_samples} samples, but sample {index} was asked for: "
                 "give one value per sample of the batch, or a single value."
@@ -93,7 +95,17 @@ class Budget:
         return 1.0 if retain is None else float(retain)
 
     def count(self, num_tokens: int, rounding: Rounding = "half_even") -> int:
-        """How many of `num_tokens` tokens stay (rounding is part of a method)."""
+        """How many of `num_tokens` tokens stay; small budgets may round to none.
+
+        Args:
+            num_tokens: tokens there are.
+            rounding: of `num_tokens * retain`: "half_even", "floor" or "ceil". Part of a method.
+
+        Raises:
+            ValueError: the rounding is unknown, or the budget is per sample.
+        """
+        if rounding not in get_args(Rounding):
+            raise ValueError(f'rounding must be "half_even", "floor" or "ceil", got {rounding!r}.')
         retain, tokens = self._scalars()
         if tokens is not None:
             return min(tokens, num_tokens)
@@ -113,18 +125,28 @@ class Budget:
         """
         if self.tokens is None:
             return [min(size, max(1, self.count(size, rounding))) for size in sizes]
-        total = min(max(self.count(sum(sizes)), len(sizes)), sum(sizes))
-        return proportional(total, sizes, minimum=1, maximum=sizes)
+        least = [min(size, 1) for size in sizes]
+        total = min(max(self.count(sum(sizes)), sum(least)), sum(sizes))
+        return proportional(total, sizes, minimum=least, maximum=sizes) if sizes else []
 
     def _scalars(self) -> tuple[float | None, int | None]:
         if self.num_samples is not None:
             raise ValueError("This budget is per sample: call budget.sample(index) first.")
         retain, tokens = self.retain, self.tokens
-        assert not isinstance(retain, tuple) and not isinstance(tokens, tuple)
+        assert not isinstance(retain, Sequence) and not isinstance(tokens, Sequence)
         return retain, tokens
 
 
-def _values(value: float | tuple | None) -> tuple:
+def _plain(value: Any) -> Any:
+    """Numbers of numpy and torch as Python's, sequences as tuples."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return tuple(_plain(entry) for entry in value)
+    return value
+
+
+def _values(value: float | Sequence[float] | None) -> tuple:
     if value is None:
         return ()
     return value if isinstance(value, tuple) else (value,)
