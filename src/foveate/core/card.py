@@ -1,10 +1,11 @@
-"""What a published system says about itself, as data: listings, documentation and defaults read it."""
+"""What a published system says about itself, as data for listings, documentation and defaults."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 Stage = Literal["frames", "patches", "encoder", "projector", "decoder", "cache"]
 STAGES: tuple[Stage, ...] = ("frames", "patches", "encoder", "projector", "decoder", "cache")
@@ -31,6 +32,13 @@ class Card:
         notes: deviations and choices a user should know.
         positions: what happens to position ids of a shortened prompt by default.
         retain: the budget used when none is given.
+
+    Raises:
+        ValueError: name, stages, kind, positions or retain are not of those above.
+
+    Example:
+        >>> Card("thin", "Thin", "An example", ("decoder",), "baseline", "Keeps some.").retain
+        0.25
     """
 
     name: str
@@ -50,12 +58,28 @@ class Card:
     retain: float = 0.25
 
     def __post_init__(self) -> None:
-        if not self.name.replace("_", "").isalnum() or self.name != self.name.lower():
+        check_name(self.name)
+        if isinstance(self.stages, str) or not self.stages or set(self.stages) - set(STAGES):
             raise ValueError(
-                f"A method name is lower case letters, digits and underscores, got {self.name!r}."
+                f"{self.name}: stages must be a tuple of some of {', '.join(STAGES)}, "
+                f"got {self.stages!r}."
             )
-        unknown = set(self.stages) - set(STAGES)
-        if unknown or not self.stages:
+        if self.kind not in get_args(Kind):
             raise ValueError(
-                f"{self.name}: stages must be some of {list(STAGES)}, got {list(self.stages)}."
+                f"{self.name}: kind must be one of {', '.join(get_args(Kind))}, got {self.kind!r}."
             )
+        if self.positions not in ("compact", "original"):
+            raise ValueError(
+                f'{self.name}: positions must be "compact" or "original", got {self.positions!r}.'
+            )
+        if not 0 < self.retain <= 1:
+            raise ValueError(f"{self.name}: retain must lie in (0, 1], got {self.retain}.")
+
+
+def check_name(name: str) -> None:
+    """Raise `ValueError` unless `name` can stand in a recipe."""
+    if not re.fullmatch(r"[a-z0-9]+(_[a-z0-9]+)*", name):
+        raise ValueError(
+            f"A method name is lower case letters and digits, joined by single underscores, "
+            f"got {name!r}."
+        )

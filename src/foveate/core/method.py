@@ -72,20 +72,39 @@ class Method:
         """Registry name."""
         return self.card.name
 
+    @property
+    def proportional_attention(self) -> bool:
+        """Whether encoder blocks after this method add log(size) to their attention logits."""
+        return False
+
     @classmethod
     def stages(cls) -> tuple[Stage, ...]:
         """The stages this class overrides, in the order of data flow."""
         return tuple(
             stage
             for stage in STAGES
-            if getattr(cls, stage, None) is not getattr(Method, stage, None)
+            # A hyper-parameter may be called "frames", too.
+            if callable(getattr(cls, stage, None))
+            and getattr(cls, stage) is not getattr(Method, stage, None)
         )
 
     def arguments(self) -> dict[str, Any]:
-        """Fields that differ from their defaults, ready for JSON."""
-        defaults = {f.name: f.default for f in dataclasses.fields(self)}
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {name: value for name, value in values.items() if value != defaults[name]}
+        """Fields that differ from their defaults, ready for JSON.
+
+        Example:
+            >>> from foveate.core import get_method
+            >>> get_method("holitom")(beta=0.5).arguments()
+            {'beta': 0.5}
+        """
+        changed = {}
+        for spec in dataclasses.fields(self):
+            default = spec.default
+            if spec.default_factory is not dataclasses.MISSING:
+                default = spec.default_factory()
+            value = getattr(self, spec.name)
+            if spec.init and value != default:
+                changed[spec.name] = value
+        return changed
 
     def with_arguments(self, **arguments: Any) -> Self:
         """A copy with other hyper-parameters.
@@ -93,7 +112,7 @@ class Method:
         Raises:
             ValueError: the method has no such argument.
         """
-        known = {f.name for f in dataclasses.fields(self)}
+        known = {f.name for f in dataclasses.fields(self) if f.init}
         unknown = sorted(set(arguments) - known)
         if unknown:
             raise ValueError(
@@ -108,7 +127,7 @@ class Method:
         """How many tokens of an item reach the language model, before anything runs.
 
         Serving engines size placeholders with it. The default is what `budget` says; adaptive
-        methods return a bound with `exact=False`.
+        methods return a bound with `exact=False`. `budget` is that of one sample.
         """
         if "projector" not in self.stages():
             return Count(grid.num_tokens)
@@ -117,7 +136,7 @@ class Method:
     # -- stages ---------------------------------------------------------------------------------
 
     def encoder(self, tokens: Tokens, context: EncoderContext) -> Reduction | None:
-        """Reduce the sequence of one vision block; tokens [B, prefix + N, D], all images at once."""
+        """Reduce the sequence of one vision block; tokens [B, prefix + N, D] of all images."""
         raise NotImplementedError
 
     def projector(self, tokens: Tokens, context: ProjectorContext) -> Reduction | None:
@@ -134,7 +153,7 @@ class Method:
     def cache(
         self, keys_BGNd: torch.Tensor, values_BGNd: torch.Tensor, context: CacheContext
     ) -> Reduction | None:
-        """Choose which of one sample's visual keys and values [1, G, N, d] stay in a layer's cache."""
+        """Choose which of one sample's visual keys and values [1, G, N, d] a layer keeps."""
         raise NotImplementedError
 
     # -- declarations ---------------------------------------------------------------------------
@@ -154,16 +173,19 @@ class Method:
 def relative_layer(layer: int | float, num_layers: int, name: str = "layer") -> int:
     """A layer index from a whole number or from a depth in (0, 1).
 
-    Published layer numbers hold for one model; a fraction carries them to any depth.
+    Published layer numbers hold for one model; a fraction carries them to any depth. It is rounded
+    to the nearest layer, at most to the last.
 
     Raises:
         ValueError: the layer does not exist.
 
     Example:
-        >>> relative_layer(18, 28), relative_layer(18 / 28, 4)
-        (18, 3)
+        >>> relative_layer(18, 28), relative_layer(18 / 28, 4), relative_layer(0.99, 4)
+        (18, 3, 3)
     """
-    index = round(layer * num_layers) if isinstance(layer, float) and 0 < layer < 1 else int(layer)
+    if 0 < layer < 1:
+        return min(round(layer * num_layers), num_layers - 1)
+    index = -1 if isinstance(layer, bool) or layer != layer // 1 else int(layer)
     if not 0 <= index < num_layers:
         raise ValueError(
             f"{name} = {layer} does not exist in a model with {num_layers} layers; "
