@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from foveate.core._files import write_text
 from foveate.core.card import Stage
 from foveate.core.grid import Grid, Modality
 from foveate.core.reduction import Reduction
@@ -63,10 +64,12 @@ class ItemReport:
 
     @property
     def before(self) -> int:
+        """Tokens of the item before any reduction."""
         return self.grid.num_tokens
 
     @property
     def after(self) -> int:
+        """Tokens of the item that entered the language model."""
         return self.before if self.reduction is None else self.reduction.num_out
 
 
@@ -96,7 +99,7 @@ class Report:
     prompt_lengths: list[int] = field(default_factory=list)
     layer_lengths: list[list[int]] = field(default_factory=list)
     cache_lengths: list[list[int]] = field(default_factory=list)
-    flops: dict[str, dict[str, float]] = field(default_factory=dict)
+    flops: dict[str, Mapping[str, float]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -145,11 +148,11 @@ class Report:
                 }
                 for item in self.items
             ],
-            "prompt_lengths": self.prompt_lengths,
-            "layer_lengths": self.layer_lengths,
-            "cache_lengths": self.cache_lengths,
-            "flops": self.flops,
-            "seconds": self.seconds,
+            "prompt_lengths": list(self.prompt_lengths),
+            "layer_lengths": [list(lengths) for lengths in self.layer_lengths],
+            "cache_lengths": [list(lengths) for lengths in self.cache_lengths],
+            "flops": {name: dict(parts) for name, parts in self.flops.items()},
+            "seconds": dict(self.seconds),
             "notes": list(self.notes),
         }
 
@@ -164,10 +167,11 @@ class Report:
                 f"{row['retained']:>9.1%}"
             )
         lines.append(
-            f"{'into the LLM':<34}{self.visual_before:>9}{self.visual_after:>9}{self.retained:>9.1%}"
+            f"{'into the LLM':<34}{self.visual_before:>9}{self.visual_after:>9}"
+            f"{self.retained:>9.1%}"
         )
         total = {name: part.get("total", 0.0) for name, part in self.flops.items()}
-        if total.get("untouched"):
+        if total.get("untouched") and "reduced" in total:
             lines.append(
                 f"{'TFLOPs':<34}{total['untouched'] / 1e12:>9.4g}{total['reduced'] / 1e12:>9.4g}"
                 f"{total['reduced'] / total['untouched']:>9.1%}"
@@ -184,36 +188,51 @@ class Report:
             path: where to write.
             options: for .html: `frames` (uint8 [T, 3, h, w] or one per item) to draw on.
 
+        Returns:
+            The path. The file is there whole or not at all.
+
         Raises:
-            ValueError: the ending is not known.
+            ValueError: the ending is not known, the folder does not exist, or .json got options.
+
+        Example:
+            >>> import tempfile
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     Report(recipe="holitom").save(f"{folder}/kept.json").name
+            'kept.json'
         """
         path = Path(path)
-        if path.suffix == ".json":
-            path.write_text(json.dumps(self.as_dict(), indent=2) + "\n", encoding="utf-8")
-            return path
-        target = WRITERS.get(path.suffix)
+        suffix = path.suffix.lower()
+        if suffix == ".json":
+            if options:
+                raise ValueError(f"A .json report takes no options, got {', '.join(options)}.")
+            return write_text(path, json.dumps(self.as_dict(), indent=2) + "\n")
+        target = WRITERS.get(suffix)
         if target is None:
             known = ", ".join([".json", *WRITERS])
-            raise ValueError(f"Cannot write a report as {path.suffix or 'no ending'!r}: {known}.")
+            ending = repr(path.suffix) if path.suffix else "a file without ending"
+            raise ValueError(f"Cannot write a report as {ending}; the endings are {known}.")
         module, _, attribute = target.partition(":")
         getattr(importlib.import_module(module), attribute)(self, path, **options)
         return path
 
 
 def merge_layers(stages: Sequence[StageReport]) -> list[Mapping[str, Any]]:
-    """Rows for people: consecutive layers of one method become one row "decoder 14-21"."""
+    """Rows for people: consecutive layers of one method become one row "decoder 14-21".
+
+    In the decoder tokens that left stay away, so a row counts from its first layer to its last; the
+    caches of layers are shortened one by one, so a row counts all of them together.
+
+    Example:
+        >>> layers = [StageReport("decoder", "fastv", (8,), (4,), 2),
+        ...           StageReport("decoder", "fastv", (4,), (1,), 3)]
+        >>> [(row["stage"], row["before"], row["after"]) for row in merge_layers(layers)]
+        [('decoder 2-3', 8, 1)]
+    """
     groups: list[list[StageReport]] = []
     for stage in stages:
         last = groups[-1][-1] if groups else None
-        if (
-            last
-            and stage.layer is not None
-            and (last.stage, last.method)
-            == (
-                stage.stage,
-                stage.method,
-            )
-        ):
+        same = last and (last.stage, last.method) == (stage.stage, stage.method)
+        if last and same and stage.layer is not None and last.layer is not None:
             groups[-1].append(stage)
         else:
             groups.append([stage])
