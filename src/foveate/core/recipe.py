@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import json
 import re
+import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from foveate.core._files import write_text
 from foveate.core.budget import Budget
 from foveate.core.card import STAGES, Stage
 from foveate.core.grid import Grid
@@ -18,9 +22,16 @@ from foveate.core.registry import get_method
 from foveate.errors import RecipeError
 
 Positions = Literal["auto", "compact", "original"]
-_TERM = re.compile(r"^\s*([a-z0-9_]+)\s*(\(.*\))?\s*(?:@\s*([a-z,\s]+))?\s*$", re.DOTALL)
+_TERM = re.compile(r"^\s*(\w+)\s*(\(.*\))?\s*(?:@\s*([a-z,\s]+))?\s*$", re.DOTALL)
 #: The stage that a recipe's budget speaks of: the first of these that the recipe has.
-_BUDGET_ORDER: tuple[Stage, ...] = ("projector", "decoder", "cache", "encoder")
+_BUDGET_ORDER: tuple[Stage, ...] = (
+    "projector",
+    "decoder",
+    "cache",
+    "encoder",
+    "patches",
+    "frames",
+)
 
 
 @dataclass(frozen=True)
@@ -30,7 +41,14 @@ class Step:
     Attributes:
         method: the configured method.
         stages: the stages it acts at here (a subset of what it can).
-        budget: its own budget; None takes the recipe's or the method's default.
+        budget: its own budget; None takes the call's or the method's default.
+
+    Raises:
+        RecipeError: no stage, or one at which the method does not act.
+
+    Example:
+        >>> str(Step(get_method("tome")(r=8), ("encoder",), Budget(retain=0.5)))
+        'tome(r=8, retain=0.5)'
     """
 
     method: Method
@@ -44,6 +62,9 @@ class Step:
                 f"{self.method.name} acts at {', '.join(self.method.stages())}, "
                 f"not at {', '.join(missing) or 'no stage'}."
             )
+        if self.budget == Budget():
+            # "No budget" would read as "the default" once written down; what it means is all.
+            object.__setattr__(self, "budget", Budget(retain=1.0))
 
     def __str__(self) -> str:
         arguments = [f"{name}={value!r}" for name, value in self.method.arguments().items()]
@@ -95,27 +116,34 @@ class Recipe:
     # -- reading and writing --------------------------------------------------------------------
 
     @classmethod
-    def of(cls, recipe: Recipe | Method | str | Iterable[Method], **arguments: Any) -> Recipe:
-        """A recipe from a recipe, a method, a list of methods, a text, or a path to a JSON file.
+    def of(
+        cls,
+        recipe: Recipe | Step | Method | str | Path | Iterable[Method | Step | str],
+        **arguments: Any,
+    ) -> Recipe:
+        """A recipe from a recipe, a method, a text, a JSON file, or a list of methods and texts.
 
         Args:
-            recipe: what to read.
+            recipe: what to read. A `Path`, or a text that ends in .json, names a file.
             arguments: hyper-parameters, given to the methods that have them.
 
         Raises:
             RecipeError: it cannot be read, or an argument belongs to none of the methods.
+
+        Example:
+            >>> str(Recipe.of(["tome(r=8)", get_method("fastv")()]))
+            'tome(r=8) + fastv'
         """
-        if isinstance(recipe, Method):
-            recipe = cls((Step(recipe, recipe.stages()),))
-        elif isinstance(recipe, str):
-            recipe = cls.load(recipe) if recipe.endswith(".json") else cls.parse(recipe)
-        elif not isinstance(recipe, Recipe):
-            methods = list(recipe)
-            strange = [m for m in methods if not isinstance(m, Method)]
-            if strange:
-                raise RecipeError(f"A recipe is made of methods, got {strange[0]!r}.")
-            recipe = cls(tuple(Step(m, m.stages()) for m in methods))
-        return recipe.with_arguments(**arguments) if arguments else recipe
+        if isinstance(recipe, str | Path):
+            is_file = isinstance(recipe, Path) or recipe.endswith(".json")
+            made = cls.load(recipe) if is_file else cls.parse(str(recipe))
+        elif isinstance(recipe, Recipe):
+            made = recipe
+        elif isinstance(recipe, Iterable) and not isinstance(recipe, type):
+            made = cls(tuple(step for part in recipe for step in _steps(part)))
+        else:
+            made = cls(_steps(recipe))
+        return made.with_arguments(**arguments) if arguments else made
 
     @classmethod
     def parse(cls, text: str) -> Recipe:
@@ -128,17 +156,25 @@ class Recipe:
         return cls(tuple(_parse_term(term) for term in _split(text)))
 
     def with_arguments(self, **arguments: Any) -> Recipe:
-        """A copy with hyper-parameters set on every method that has them."""
+        """A copy with hyper-parameters set on every method that has them.
+
+        Raises:
+            RecipeError: no method has one of the arguments.
+
+        Example:
+            >>> str(Recipe.parse("tome + holitom").with_arguments(beta=0.5))
+            'tome + holitom(beta=0.5)'
+        """
         used: set[str] = set()
         steps = []
         for step in self.steps:
-            fields = step.method.__dataclass_fields__
+            fields = _fields(type(step.method))
             mine = {name: value for name, value in arguments.items() if name in fields}
             used |= set(mine)
             steps.append(Step(step.method.with_arguments(**mine), step.stages, step.budget))
         unknown = sorted(set(arguments) - used)
         if unknown:
-            known = sorted({f for step in self.steps for f in step.method.__dataclass_fields__})
+            known = sorted({f for step in self.steps for f in _fields(type(step.method))})
             raise RecipeError(
                 f"No method of this recipe has the argument {', '.join(unknown)}; "
                 f"they have: {', '.join(known) or 'none'}."
@@ -164,21 +200,36 @@ class Recipe:
 
     @classmethod
     def from_json(cls, text: str) -> Recipe:
-        """Read what `to_json` wrote.
+        """Read what `to_json` wrote, also in another version.
+
+        Keys and arguments that this version does not know are left out with a `UserWarning`.
 
         Raises:
             RecipeError: the text is not such a document.
+            UnknownMethodError: no method has a name in it.
         """
         try:
             document = json.loads(text)
-            steps = tuple(_step_from_json(entry) for entry in document["steps"])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise RecipeError(f"This is not a recipe document: {error!r}.") from error
+        except json.JSONDecodeError as error:
+            raise RecipeError(f"This is not a recipe document: {error}.") from error
+        entries = document.get("steps") if isinstance(document, dict) else None
+        if not isinstance(entries, list) or not all(
+            isinstance(entry, dict) and isinstance(entry.get("method"), str) for entry in entries
+        ):
+            raise RecipeError(
+                'This is not a recipe document: it must look like {"steps": [{"method": "tome"}]}.'
+            )
+        steps = tuple(_step_from_json(entry, document) for entry in entries)
+        _warn_unknown(document, ("foveate", "positions", "steps"), "recipe", document)
         return cls(steps, document.get("positions", "auto"))
 
     def save(self, path: str | Path) -> None:
-        """Write the recipe as a JSON file."""
-        Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
+        """Write the recipe as a JSON file, whole or not at all.
+
+        Raises:
+            ValueError: the folder does not exist.
+        """
+        write_text(path, self.to_json() + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
@@ -188,9 +239,12 @@ class Recipe:
             RecipeError: the file is missing or is not a recipe.
         """
         try:
-            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+            text = Path(path).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise RecipeError(f"Cannot read the recipe {path}: it is not a text file.") from error
         except OSError as error:
             raise RecipeError(f"Cannot read the recipe {path}: {error.strerror}.") from error
+        return cls.from_json(text)
 
     # -- budgets --------------------------------------------------------------------------------
 
@@ -202,8 +256,12 @@ class Recipe:
         """The budget of every step, given the budget of the call.
 
         Raises:
-            RecipeError: several methods share the stage that the budget speaks of and none of them
-                has a budget of its own.
+            RecipeError: several methods without a budget of their own share the stage that the
+                budget speaks of, or every method has one.
+
+        Example:
+            >>> Recipe.parse("tome(retain=0.6) + holitom").budgets(Budget(retain=0.1))
+            (Budget(retain=0.6, tokens=None), Budget(retain=0.1, tokens=None))
         """
         if budget.is_full and budget.retain is not None:
             return tuple(Budget(retain=1.0) for _ in self.steps)
@@ -231,22 +289,51 @@ class Recipe:
         )
 
     def count(self, grid: Grid, budget: Budget) -> Count:
-        """How many tokens of an item reach the language model, before anything runs."""
-        tokens, exact = grid.num_tokens, True
-        for index in self.at("projector"):
-            step_budget = self.budgets(budget)[index]
-            if step_budget.is_full:
-                continue
-            counted = self.steps[index].method.count(grid, step_budget)
-            tokens, exact = min(tokens, counted.tokens), exact and counted.exact
-        return Count(tokens, exact)
+        """How many tokens of an item reach the language model, before anything runs.
+
+        A bound when several methods act at the projector: each sees what the one before it left.
+
+        Example:
+            >>> Recipe.parse("divprune").count(Grid.image(24, 24), Budget(tokens=64))
+            Count(tokens=64, exact=True)
+        """
+        budgets = self.budgets(budget)
+        acting = [index for index in self.at("projector") if not budgets[index].is_full]
+        counts = [self.steps[index].method.count(grid, budgets[index]) for index in acting]
+        tokens = min([grid.num_tokens, *(counted.tokens for counted in counts)])
+        return Count(tokens, all(counted.exact for counted in counts) and len(counts) <= 1)
+
+
+def _steps(part: Any) -> tuple[Step, ...]:
+    """The steps of a method, a step, a text or a recipe."""
+    if isinstance(part, Method):
+        return (Step(part, part.stages()),)
+    if isinstance(part, Step):
+        return (part,)
+    if isinstance(part, str):
+        return Recipe.parse(part).steps
+    if isinstance(part, Recipe):
+        return part.steps
+    if isinstance(part, type) and issubclass(part, Method):
+        raise RecipeError(f"{part.__name__} is a class; write {part.__name__}().")
+    raise RecipeError(f"A recipe is made of methods and their names, got {part!r}.")
+
+
+def _fields(cls: type[Method]) -> list[str]:
+    """Hyper-parameters of a method."""
+    return [spec.name for spec in dataclasses.fields(cls) if spec.init]
 
 
 def _split(text: str) -> list[str]:
-    terms, depth, current = [], 0, ""
+    terms, depth, current, quote = [], 0, "", ""
     for character in text:
-        depth += (character in "([{") - (character in ")]}")
-        if character == "+" and depth == 0:
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "'\"":
+            quote = character
+        else:
+            depth += (character in "([{") - (character in ")]}")
+        if character == "+" and depth == 0 and not quote:
             terms.append(current)
             current = ""
         else:
@@ -266,9 +353,13 @@ def _parse_term(term: str) -> Step:
     if call:
         try:
             node = ast.parse(f"f{call}", mode="eval").body
-            assert isinstance(node, ast.Call) and not node.args
+            if not isinstance(node, ast.Call) or node.args:
+                raise ValueError("no argument=value pairs")
+            names = Counter(keyword.arg for keyword in node.keywords)
+            if None in names or any(count > 1 for count in names.values()):
+                raise ValueError("an argument without name or twice")
             arguments = {str(k.arg): ast.literal_eval(k.value) for k in node.keywords}
-        except (SyntaxError, ValueError, AssertionError) as error:
+        except (SyntaxError, ValueError) as error:
             raise RecipeError(
                 f"Cannot read the arguments {call} of {name}; write argument=value pairs with "
                 "plain values."
@@ -277,10 +368,29 @@ def _parse_term(term: str) -> Step:
     return _make_step(name, chosen, arguments)
 
 
-def _step_from_json(entry: dict[str, Any]) -> Step:
-    arguments = dict(entry.get("arguments") or {})
+def _step_from_json(entry: dict[str, Any], document: dict[str, Any]) -> Step:
+    name, arguments = entry["method"], entry.get("arguments") or {}
+    if not isinstance(arguments, dict):
+        raise RecipeError(f"The arguments of {name} must be an object, got {arguments!r}.")
+    _warn_unknown(entry, ("method", "stages", "arguments", "retain", "tokens"), name, document)
+    known = _fields(get_method(name))
+    _warn_unknown(arguments, known, name, document)
+    arguments = {key: value for key, value in arguments.items() if key in known}
     arguments |= {key: entry[key] for key in ("retain", "tokens") if entry.get(key) is not None}
-    return _make_step(entry["method"], entry.get("stages"), arguments)
+    return _make_step(name, entry.get("stages"), arguments)
+
+
+def _warn_unknown(
+    entry: dict[str, Any], known: Iterable[str], what: str, document: dict[str, Any]
+) -> None:
+    unknown = sorted(set(entry) - set(known))
+    if unknown:
+        writer = document.get("foveate", "an unknown version")
+        warnings.warn(
+            f"This version does not know {', '.join(unknown)} of {what} and leaves it out; the "
+            f"recipe was written by foveate {writer}.",
+            stacklevel=4,
+        )
 
 
 def _make_step(name: str, stages: list[str] | None, arguments: dict[str, Any]) -> Step:
@@ -291,15 +401,18 @@ def _make_step(name: str, stages: list[str] | None, arguments: dict[str, Any]) -
     try:
         method = cls(**_tuples(arguments))
     except TypeError as error:
-        fields = ", ".join(cls.__dataclass_fields__) or "none"
+        fields = ", ".join(_fields(cls)) or "none"
         raise RecipeError(f"{name}: {error}. Its arguments: {fields}.") from error
     unknown = [stage for stage in stages or () if stage not in STAGES]
     if unknown:
         raise RecipeError(f"Unknown stage {unknown[0]!r}; stages are {', '.join(STAGES)}.")
-    chosen = cls.stages() if stages is None else tuple(s for s in STAGES if s in stages)
-    return Step(method, chosen, budget)
+    if stages is None:
+        return Step(method, cls.stages(), budget)
+    return Step(method, tuple(stage for stage in STAGES if stage in stages), budget)
 
 
-def _tuples(arguments: dict[str, Any]) -> dict[str, Any]:
+def _tuples(value: Any) -> Any:
     # JSON has no tuples, and frozen methods must stay hashable.
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}
+    if isinstance(value, dict):
+        return {key: _tuples(entry) for key, entry in value.items()}
+    return tuple(_tuples(entry) for entry in value) if isinstance(value, list) else value
