@@ -42,6 +42,12 @@ class ReducedLayer(DynamicLayer):
             return 0
         return self.keys.shape[-2]
 
+    @property
+    def kv(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [B, G, T, d] of a layer that holds some."""
+        assert self.keys is not None and self.values is not None
+        return self.keys, self.values
+
     def expect(self, valid_BQ: torch.Tensor | None, num_tokens: int) -> None:
         """Announce the next update: validity of the new slots, and tokens they stand for."""
         self._expected = (valid_BQ, num_tokens)
@@ -71,11 +77,10 @@ class ReducedLayer(DynamicLayer):
 
     def keep(self, index_BK: torch.Tensor, valid_BK: torch.Tensor | None) -> None:
         """Keep the slots `index_BK` (in that order); `valid_BK` marks the real ones."""
-        index = index_BK[:, None, :, None].expand(-1, self.keys.shape[1], -1, self.keys.shape[-1])
-        self.keys = self.keys.gather(2, index)
-        self.values = self.values.gather(
-            2, index[..., :1].expand(-1, -1, -1, self.values.shape[-1])
-        )
+        keys, values = self.kv
+        index = index_BK[:, None, :, None]
+        self.keys = keys.gather(2, index.expand(-1, keys.shape[1], -1, keys.shape[-1]))
+        self.values = values.gather(2, index.expand(-1, values.shape[1], -1, values.shape[-1]))
         self.valid_BT = valid_BK
 
     def reset(self) -> None:
@@ -104,8 +109,8 @@ class ReducedLayer(DynamicLayer):
         remove = -tokens_to_remove if tokens_to_remove < 0 else self.seen - tokens_to_remove
         if tokens_to_remove == 0 or remove <= 0 or not self.is_initialized:
             return
-        self.keys = self.keys[..., :-remove, :]
-        self.values = self.values[..., :-remove, :]
+        keys, values = self.kv
+        self.keys, self.values = keys[..., :-remove, :], values[..., :-remove, :]
         if self.valid_BT is not None:
             self.valid_BT = self.valid_BT[:, :-remove]
         self.seen -= remove
@@ -153,10 +158,10 @@ def adopt(
     if is_managed(cache):
         return cache
     refuse_unsupported(cache)
-    layers: list[ReducedLayer] = []
+    layers: list[Any] = []
     for index in range(num_layers):
         layer = ReducedLayer()
-        old = cache.layers[index] if index < len(cache.layers) else None
+        old: Any = cache.layers[index] if index < len(cache.layers) else None
         if old is not None and old.is_initialized and old.keys.numel():
             past = old.keys.shape[-2]
             valid = None if attention_mask is None else attention_mask[:, :past].bool()

@@ -276,7 +276,7 @@ class DecoderCall:
         if cached is not None and cached.length > num_new:
             num_past = cached.length - num_new
             valid = None if cached.valid_BT is None else cached.valid_BT[:, :num_past]
-            past = (cached.keys[:, :, :num_past], valid)
+            past = (cached.kv[0][:, :, :num_past], valid)
         assert self.position_embeddings is not None
         device = captured["q"].device
         self.attentions[layer] = LayerAttention(
@@ -333,7 +333,7 @@ class DecoderCall:
         if cached is None:
             return
         begin = time.perf_counter()
-        device = cached.keys.device
+        device = cached.kv[0].device
         num_past = cached.length - self.sequence.length
         keep_all = []
         before, after, touched = [], [], False
@@ -349,8 +349,7 @@ class DecoderCall:
                 slots_N = visual.rows_N + num_past
                 slots_M = slots_N[reduction.anchor_BM[0]]
                 if reduction.kind != "select":
-                    for name in ("keys", "values"):
-                        store = getattr(cached, name)
+                    for store in cached.kv:
                         visual_1NGd = store[sample : sample + 1, :, slots_N].transpose(1, 2)
                         store[sample, :, slots_M] = reduction.apply(visual_1NGd)[0].transpose(0, 1)
                 keep_T[slots_N] = False
@@ -388,12 +387,9 @@ class DecoderCall:
             item_N=visual.item_N,
         )
         with torch.no_grad():
-            reduction = step.method.cache(
-                cached.keys[sample : sample + 1, :, slots_N],
-                cached.values[sample : sample + 1, :, slots_N],
-                context,
-            )
-        return _placed(reduction, step.method, cached.keys.device)
+            keys_BGNd, values_BGNd = (x[sample : sample + 1, :, slots_N] for x in cached.kv)
+            reduction = step.method.cache(keys_BGNd, values_BGNd, context)
+        return _placed(reduction, step.method, keys_BGNd.device)
 
 
 def _placed(reduction: Reduction | None, method: Method, device: torch.device) -> Reduction | None:
