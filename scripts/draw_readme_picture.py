@@ -1,6 +1,6 @@
 """Draw the picture of the README: sixteen frames of a real clip as HoliTom leaves them.
 
-    python scripts/draw_readme_picture.py docs/assets/kept.jpg
+python scripts/draw_readme_picture.py docs/assets/kept.jpg
 """
 
 from __future__ import annotations
