@@ -262,9 +262,7 @@ class EncoderStage(OfOneModel):
             tokens = Tokens(x_BND) if run.tokens is None else _with_features(run.tokens, x_BND)
             with torch.no_grad():
                 reduction = method.encoder(tokens, context)
-            if reduction is not None and not (
-                reduction.kind == "select" and reduction.num_out == tokens.num_tokens
-            ):
+            if reduction is not None and not reduction.is_identity:
                 run.tokens = tokens.reduce(reduction)
                 x_BND, changed = run.tokens.x_BND, True
                 run.reduction = run.tokens.reduction
