@@ -14,6 +14,7 @@ from torch import nn
 from foveate.attach.encoder import EncoderRun, EncoderStage
 from foveate.attach.features import FeatureRecord, FeatureWatch
 from foveate.attach.language import LanguageSettings, LanguageStage
+from foveate.attach.masks import refuse_unmasked
 from foveate.attach.reporting import CostModel, describe_budget, note_encoder
 from foveate.attach.single import OfOneModel
 from foveate.core import Budget, Method, Recipe, Reduction, Report
@@ -302,6 +303,7 @@ class Attachment(OfOneModel):
 
     def _check_text_model(self, adapter: Adapter) -> None:
         config = adapter.text_config(self.model)
+        refuse_unmasked(config)
         sliding = [t for t in getattr(config, "layer_types", None) or () if t != "full_attention"]
         if sliding:
             raise AttachmentError(

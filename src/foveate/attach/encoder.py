@@ -83,6 +83,12 @@ class EncoderStage(OfOneModel):
                 "with windows and rotary positions; encoder-stage methods need one sequence per "
                 'image. Use the projector or decoder stage here, e.g. "divprune".'
             )
+        implementation = str(getattr(tower.module.config, "_attn_implementation", ""))
+        if "flash" in implementation and any(map(_is_proportional, steps)):
+            raise AttachmentError(
+                f"{implementation} cannot weigh merged tokens by their size: pass prop_attn=False, "
+                'or load the encoder with attn_implementation="sdpa".'
+            )
         self.tower = tower
         self.steps = steps
         self.budget = budget
@@ -276,8 +282,11 @@ class EncoderStage(OfOneModel):
         run = self.run
         if run is None or run.restored or run.tokens is None:
             return None
-        proportional = any(getattr(m, "proportional_attention", False) for _, m in self.steps)
-        return run.tokens.size_BN if proportional else None
+        return run.tokens.size_BN if any(map(_is_proportional, self.steps)) else None
+
+
+def _is_proportional(step: tuple[int, Method]) -> bool:
+    return bool(getattr(step[1], "proportional_attention", False))
 
 
 def _with_features(tokens: Tokens, x_BND: torch.Tensor) -> Tokens:

@@ -8,9 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_causal_mask
 
 from foveate.attach.cache import join_valid
+from foveate.errors import AttachmentError
 
 
 class _Sizes:
@@ -31,6 +32,17 @@ class _Sizes:
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.num_past
+
+
+def refuse_unmasked(config: Any) -> None:
+    """Raise when the attention has no mask function: padding would be attended to, silently."""
+    name = config._attn_implementation
+    if name not in ALL_MASK_ATTENTION_FUNCTIONS:
+        raise AttachmentError(
+            f"The attention {name!r} of this language model has no mask function, so columns that "
+            "a reduction empties would be attended to. Register one under the same name with "
+            'AttentionMaskInterface.register, or load the model with attn_implementation="sdpa".'
+        )
 
 
 class MaskMaker:
