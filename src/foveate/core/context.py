@@ -129,18 +129,21 @@ class ProjectorContext(Context):
 
         Raises:
             MissingSignalError: the model offers none of them.
+            ValueError: there is no signal of that name.
         """
         for name in names:
-            if name not in SIGNALS:
-                raise ValueError(f"Unknown signal {name!r}; known: {', '.join(SIGNALS)}.")
-            value = self.read(name)
+            value = self.read(_known(name))
             if value is not None:
                 return value
         raise MissingSignalError(self.method, names)
 
     def has(self, name: str) -> bool:
-        """Whether the model offers the signal."""
-        return self.read(name) is not None
+        """Whether the model offers the signal.
+
+        Raises:
+            ValueError: there is no signal of that name.
+        """
+        return self.read(_known(name)) is not None
 
 
 @dataclass(eq=False)
@@ -191,3 +194,9 @@ def _no_attention(layer: int) -> AttentionView:
     raise ValueError(
         f"The attention of layer {layer} was not declared; return it from attention_layers()."
     )
+
+
+def _known(signal: str) -> str:
+    if signal not in SIGNALS:
+        raise ValueError(f"Unknown signal {signal!r}; known: {', '.join(SIGNALS)}.")
+    return signal
