@@ -97,3 +97,22 @@ class KeepAll(Method):
 
     def cache(self, keys_BGNd, values_BGNd, context):
         return None
+
+
+@dataclass(frozen=True)
+class Parks(EveryOther):
+    """Takes tokens 0, 2, 4, ... out before `layers` and brings them back before `back`."""
+
+    card = _card("parks", "decoder")
+    back: int = 3
+
+    def return_layers(self, num_layers):
+        return (self.back,)
+
+
+@dataclass(frozen=True)
+class Renumbers(EveryOther):
+    """Like `EveryOther`, and numbers the rest contiguously from that layer on."""
+
+    card = _card("renumbers", "decoder")
+    renumbers = True

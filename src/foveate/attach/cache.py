@@ -140,6 +140,13 @@ def join_valid(
     return torch.cat([past_BT, new_BQ], dim=1)
 
 
+def move_positions(cache: Cache, moved_B: torch.Tensor, first_layer: int = 0) -> None:
+    """Note that positions of all later tokens moved down by `moved_B`, from a layer on."""
+    for layer in cache.layers[first_layer:]:
+        assert isinstance(layer, ReducedLayer)
+        layer.shift_B = moved_B if layer.shift_B is None else layer.shift_B + moved_B
+
+
 def is_managed(cache: Cache | None) -> bool:
     """Whether the cache already carries reduced layers."""
     return cache is not None and any(isinstance(layer, ReducedLayer) for layer in cache.layers)

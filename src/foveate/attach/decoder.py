@@ -19,36 +19,25 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from foveate.attach.cache import ReducedLayer
+from foveate.attach.cache import ReducedLayer, move_positions
+from foveate.attach.cache_stage import reduce_cache
 from foveate.attach.layer_attention import LayerAttention
 from foveate.attach.masks import MaskMaker
+from foveate.attach.parking import Parked, bring_back, park
+from foveate.attach.plan import StepPlan, placed
 from foveate.attach.sequence import (
     Layout,
     Sequence,
     VisualItem,
-    VisualRows,
     gather_columns,
 )
 from foveate.core import (
-    Budget,
-    CacheContext,
     DecoderContext,
-    Method,
     Reduction,
     Report,
     StageReport,
     Tokens,
 )
-
-
-@dataclass(eq=False)
-class StepPlan:
-    """One method in the decoder or at the cache: where it acts and with which budget."""
-
-    number: int
-    method: Method
-    layers: frozenset[int]
-    budget: Callable[[int], Budget]
 
 
 @dataclass(eq=False)
@@ -62,6 +51,9 @@ class DecoderCall:
         masks: makes and shares attention masks.
         cache: the cache, or None when nothing is cached.
         position_embeddings: (cos, sin) of the present columns once layer 0 has been entered.
+        position_PBL: position ids of the present columns.
+        rotary: makes (cos, sin) from hidden states and position ids, for methods that renumber.
+        parked: per step and sample, tokens that come back before a later layer.
         decoder_steps, cache_steps: methods that act in this call (none while decoding).
         attention_layers: layers whose attention must be kept.
         deepstack: per level, per sample features [N, D] that are added behind that layer.
@@ -82,12 +74,23 @@ class DecoderCall:
     deepstack: list[list[torch.Tensor]] = field(default_factory=list)
     mask_only: bool = False
     position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None
+    position_PBL: torch.Tensor | None = None
+    rotary: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
+    parked: dict[int, dict[int, Parked]] = field(default_factory=lambda: defaultdict(dict))
     captured: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
     attentions: dict[int, LayerAttention] = field(default_factory=dict)
     states: dict[tuple[int, int], dict[str, Any]] = field(default_factory=lambda: defaultdict(dict))
 
     def __post_init__(self) -> None:
         self.num_visual = [visual.num for visual in self.sequence.visual]
+        # Earlier turns may have renumbered deeper layers by more than the first.
+        first = None if self.cache is None else self.layer_cache(0)
+        base_B = None if first is None else first.shift_B
+        self.extra_shift: dict[int, torch.Tensor] = {}
+        for layer in range(self.num_layers if first is not None else 0):
+            shift_B = self.layer_cache(layer).shift_B  # pyright: ignore[reportOptionalMemberAccess]
+            if shift_B is not None and shift_B is not base_B:
+                self.extra_shift[layer] = shift_B if base_B is None else shift_B - base_B
 
     # -- before a layer -------------------------------------------------------------------------
 
@@ -98,26 +101,40 @@ class DecoderCall:
         if self.position_embeddings is None:
             self.position_embeddings = kwargs["position_embeddings"]
         for step in self.decoder_steps:
+            if layer in step.returns and step.number in self.parked:
+                hidden_BLD = bring_back(self, step, layer, hidden_BLD)
             if layer in step.layers:
                 hidden_BLD = self._reduce(step, layer, hidden_BLD)
         if self.items:
             for sample, ids in enumerate(self.sequence.ids):
                 self.report.layer_lengths[sample].append(ids.shape[0])
         kwargs = dict(kwargs)
-        kwargs["position_embeddings"] = self.position_embeddings
+        kwargs["position_embeddings"] = self._embeddings_of(layer, hidden_BLD)
         # Only flash attention reads it, to guess packed sequences: gaps would look like packing.
         kwargs["position_ids"] = None
         kwargs["attention_mask"] = self.mask_of_layer(layer, hidden_BLD.shape[1])
-        past = self._cache_layer(layer)
+        past = self.layer_cache(layer)
         if past is not None:
             past.expect(self.sequence.valid_BL, self.num_tokens)
         if layer in self.attention_layers:
             self.captured[layer] = {}
         return hidden_BLD, kwargs
 
+    def _embeddings_of(
+        self, layer: int, hidden_BLD: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(cos, sin) of the present columns in one layer's own numbering."""
+        assert self.position_embeddings is not None
+        extra_B = self.extra_shift.get(layer)
+        if extra_B is None:
+            return self.position_embeddings
+        assert self.rotary is not None and self.position_PBL is not None
+        shifted_PBL = (self.position_PBL - extra_B[None, :, None]).clamp(min=0)
+        return self.rotary(hidden_BLD, shifted_PBL[0])
+
     def mask_of_layer(self, layer: int, num_new: int) -> torch.Tensor | None:
         """The attention mask of `num_new` columns on what this layer has cached."""
-        past = self._cache_layer(layer)
+        past = self.layer_cache(layer)
         return self.masks.make(
             0 if past is None else past.length,
             None if past is None else past.valid_BT,
@@ -125,7 +142,8 @@ class DecoderCall:
             self.sequence.valid_BL,
         )
 
-    def _cache_layer(self, layer: int) -> ReducedLayer | None:
+    def layer_cache(self, layer: int) -> ReducedLayer | None:
+        """The cache of a layer, None when nothing is cached."""
         if self.cache is None:
             return None
         found = self.cache.layers[layer]
@@ -157,10 +175,14 @@ class DecoderCall:
             for number, item in enumerate(self.items[sample]):
                 mine = visual.item_N[anchor_M] == number
                 item.report.alive[layer] = visual.target_N[anchor_M][mine]
+            if step.returns:
+                self.parked[step.number][sample] = park(self, sample, anchor_M, hidden_BLD)
             self._carry_deepstack(sample, reduction, order_M)
         if touched:
             hidden_BLD = self._write_merged(hidden_BLD, reductions)
             hidden_BLD = self._relayout(hidden_BLD, columns, anchors)
+            if step.renumbers:
+                self._renumber(layer, columns, hidden_BLD)
             after = [visual.num for visual in self.sequence.visual]
             self.report.stages.append(
                 StageReport("decoder", step.method.name, tuple(before), tuple(after), layer)
@@ -183,9 +205,9 @@ class DecoderCall:
             return None
 
         def survivors(earlier: int) -> torch.Tensor:
-            return torch.searchsorted(
-                self.attentions[earlier].ids[sample], self.sequence.ids[sample]
-            )
+            seen, present = self.attentions[earlier].ids[sample], self.sequence.ids[sample]
+            place = torch.searchsorted(seen, present).clamp(max=seen.shape[0] - 1)
+            return place.where(seen[place] == present, -1)
 
         context = DecoderContext(
             budget=budget,
@@ -208,7 +230,7 @@ class DecoderCall:
         )
         with torch.no_grad():
             reduction = step.method.decoder(tokens, context)
-        return _placed(reduction, step.method, hidden_BLD.device)
+        return placed(reduction, step.method, hidden_BLD.device)
 
     def _write_merged(
         self,
@@ -255,8 +277,26 @@ class DecoderCall:
             gather_columns(cos, index_BL, cos.dim() - 2),
             gather_columns(sin, index_BL, sin.dim() - 2),
         )
+        if self.position_PBL is not None:
+            self.position_PBL = gather_columns(self.position_PBL, index_BL, 2)
         self.sequence = Sequence(length, layout.valid_BL(), visual, ids)
         return gather_columns(hidden_BLD, index_BL, 1)
+
+    def _renumber(self, layer: int, columns: list[torch.Tensor], hidden_BLD: torch.Tensor) -> None:
+        """Number the remaining tokens contiguously, here and in all deeper layers."""
+        assert self.position_PBL is not None and self.rotary is not None
+        new_PBL, shifts = self.position_PBL.clone(), []
+        for sample in range(len(columns)):
+            rows_S = self.sequence.rows(sample, hidden_BLD.device)
+            old_S = self.position_PBL[0, sample, rows_S]
+            new_S = old_S[0] + torch.arange(rows_S.shape[0], device=hidden_BLD.device)
+            new_PBL[:, sample, rows_S] = new_S
+            shifts.append(old_S[-1] - new_S[-1])
+        moved_B = torch.stack(shifts)
+        self.position_PBL = new_PBL
+        self.position_embeddings = self.rotary(hidden_BLD, new_PBL[0])
+        if self.cache is not None:
+            move_positions(self.cache, moved_B, layer)
 
     # -- attention signals ----------------------------------------------------------------------
 
@@ -271,7 +311,7 @@ class DecoderCall:
         if captured is None:
             return
         past = None
-        cached = self._cache_layer(layer)
+        cached = self.layer_cache(layer)
         num_new = self.sequence.length
         if cached is not None and cached.length > num_new:
             num_past = cached.length - num_new
@@ -299,8 +339,8 @@ class DecoderCall:
         """Add deepstack features and let cache-stage methods thin out this layer's cache."""
         for step in self.cache_steps:
             if layer in step.layers:
-                self._reduce_cache(step, layer)
-        cached = self._cache_layer(layer)
+                reduce_cache(self, step, layer)
+        cached = self.layer_cache(layer)
         if cached is not None and self.items:
             for sample in range(len(self.items)):
                 length = cached.length
@@ -325,103 +365,3 @@ class DecoderCall:
     def _carry_deepstack(self, sample: int, reduction: Reduction, order_M: torch.Tensor) -> None:
         for level in self.deepstack:
             level[sample] = reduction.apply(level[sample][None])[0, order_M]
-
-    # -- the cache stage ------------------------------------------------------------------------
-
-    def _reduce_cache(self, step: StepPlan, layer: int) -> None:
-        cached = self._cache_layer(layer)
-        if cached is None:
-            return
-        begin = time.perf_counter()
-        device = cached.kv[0].device
-        num_past = cached.length - self.sequence.length
-        keep_all = []
-        before, after, touched = [], [], False
-        for sample, visual in enumerate(self.sequence.visual):
-            keep_T = torch.ones(cached.length, dtype=torch.bool, device=device)
-            if cached.valid_BT is not None:
-                keep_T &= cached.valid_BT[sample]
-            reduction = self._ask_cache(step, layer, sample, cached, num_past)
-            before.append(visual.num)
-            after.append(visual.num)
-            if reduction is not None:
-                touched = True
-                slots_N = visual.rows_N + num_past
-                slots_M = slots_N[reduction.anchor_BM[0]]
-                if reduction.kind != "select":
-                    for store in cached.kv:
-                        visual_1NGd = store[sample : sample + 1, :, slots_N].transpose(1, 2)
-                        store[sample, :, slots_M] = reduction.apply(visual_1NGd)[0].transpose(0, 1)
-                keep_T[slots_N] = False
-                keep_T[slots_M] = True
-                after[-1] = slots_M.shape[0]
-            keep_all.append(keep_T)
-        if touched:
-            if self.mask_only:
-                cached.valid_BT = torch.stack(keep_all)
-            else:
-                layout = Layout([keep_T.nonzero()[:, 0] for keep_T in keep_all])
-                cached.keep(layout.index_BL(), layout.valid_BL())
-            self.report.stages.append(
-                StageReport("cache", step.method.name, tuple(before), tuple(after), layer)
-            )
-        spent = self.report.seconds.get("cache", 0.0)
-        self.report.seconds["cache"] = spent + time.perf_counter() - begin
-
-    def _ask_cache(
-        self, step: StepPlan, layer: int, sample: int, cached: ReducedLayer, num_past: int
-    ) -> Reduction | None:
-        visual = self.sequence.visual[sample]
-        budget = step.budget(sample)
-        if visual.num == 0 or budget.is_full:
-            return None
-        slots_N = visual.rows_N + num_past
-        context = CacheContext(
-            budget=budget,
-            method=step.method.name,
-            seed=self.seed,
-            state=self.states[step.number, sample],
-            layer=layer,
-            num_layers=self.num_layers,
-            position_N3=visual.position_N3,
-            item_N=visual.item_N,
-        )
-        with torch.no_grad():
-            keys_BGNd, values_BGNd = (x[sample : sample + 1, :, slots_N] for x in cached.kv)
-            reduction = step.method.cache(keys_BGNd, values_BGNd, context)
-        return _placed(reduction, step.method, keys_BGNd.device)
-
-
-def _placed(reduction: Reduction | None, method: Method, device: torch.device) -> Reduction | None:
-    """The reduction if it changes anything, checked for what the middle of a sequence needs."""
-    if reduction is None or reduction.is_identity:
-        return None
-    anchor_M = reduction.anchor_BM[0].sort().values
-    if bool((anchor_M < 0).any() | (anchor_M[1:] == anchor_M[:-1]).any()):
-        raise ValueError(
-            f"{method.name}: tokens inside the language model stand in the place of one of their "
-            f"sources, each in another; its reduction has the anchors {anchor_M.tolist()[:20]}."
-        )
-    return reduction.to(device)
-
-
-def visual_rows(
-    rows: list[torch.Tensor],
-    targets: list[torch.Tensor],
-    positions: list[torch.Tensor],
-    kinds: list[torch.Tensor],
-    device: torch.device,
-) -> VisualRows:
-    """One sample's visual tokens from the rows, targets, positions and kinds of its items."""
-    if not rows:
-        empty = torch.empty(0, dtype=torch.long, device=device)
-        return VisualRows(empty, empty, empty, empty.new_empty(0, 3), empty)
-    item = torch.cat([torch.full_like(r, i) for i, r in enumerate(rows)])
-    rows_N, order = torch.cat(rows).sort()
-    return VisualRows(
-        rows_N,
-        item[order],
-        torch.cat(targets)[order],
-        torch.cat(positions)[order],
-        torch.cat(kinds)[order],
-    )

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from foveate.attach.cache import adopt, is_managed, refuse_unsupported
-from foveate.attach.decoder import DecoderCall, StepPlan, visual_rows
+from foveate.attach.cache import adopt, is_managed, move_positions, refuse_unsupported
+from foveate.attach.decoder import DecoderCall
 from foveate.attach.features import FeatureRecord, FeatureWatch
 from foveate.attach.masks import MaskMaker
+from foveate.attach.plan import is_compact, plan_cache, plan_decoder
 from foveate.attach.prompt import PromptReducer, find_items
-from foveate.attach.sequence import Sequence, VisualItem
+from foveate.attach.sequence import Sequence, VisualItem, visual_rows
 from foveate.attach.single import OfOneModel
 from foveate.core import Budget, Recipe, Report
 from foveate.errors import AttachmentError
@@ -77,32 +78,16 @@ class LanguageStage(OfOneModel):
         self.settings = settings
         self.layers = adapter.layers(model)
         self.attentions = adapter.text_attentions(model)
-        self.decoder_steps = self._plan("decoder")
-        self.cache_steps = self._plan("cache")
+        recipe = settings.recipe
+        self.decoder_steps = plan_decoder(recipe, adapter, model, self._sample_budget)
+        self.cache_steps = plan_cache(recipe, len(self.layers), self._sample_budget)
         self.attention_layers = frozenset(
             layer
             for step in self.decoder_steps
             for layer in step.method.attention_layers(len(self.layers))
         )
-        self.compact = self._is_compact()
+        self.compact = is_compact(recipe, adapter)
         self.state = _CallState()
-
-    def _plan(self, stage: Any) -> list[StepPlan]:
-        plans = []
-        for index in self.settings.recipe.at(stage):
-            method = self.settings.recipe.steps[index].method
-            layers = range(len(self.layers))
-            if stage == "decoder":
-                wanted = method.decoder_layers(len(self.layers))
-                wrong = [layer for layer in wanted if layer not in layers]
-                if wrong:
-                    raise AttachmentError(
-                        f"{method.name} wants to act before layer {wrong[0]}; this model has "
-                        f"{len(self.layers)} layers."
-                    )
-                layers = wanted
-            plans.append(StepPlan(index, method, frozenset(layers), self._sample_budget(index)))
-        return plans
 
     def _sample_budget(self, index: int) -> Callable[[int], Budget]:
         return lambda sample: self.settings.step_budget(index).sample(sample, self.state.repeats)
@@ -154,7 +139,8 @@ class LanguageStage(OfOneModel):
             state.text_ids = ids
             return
         embeds = given["inputs_embeds"]
-        table = self.adapter.language_model(self.model).get_input_embeddings()
+        text: Any = self.adapter.language_model(self.model)
+        table = text.get_input_embeddings()
         state.placeholders = {
             name: (embeds == table(torch.tensor(token, device=embeds.device))).all(-1)
             for name, token in token_ids.items()
@@ -170,7 +156,7 @@ class LanguageStage(OfOneModel):
 
     # -- the text model -------------------------------------------------------------------------
 
-    def _enter_text(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _enter_text(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         has_visual = self.state.placeholders is not None
         cache = kwargs.get("past_key_values")
         if not is_managed(cache):
@@ -226,8 +212,7 @@ class LanguageStage(OfOneModel):
         )
         embeds, sequence, positions, moved = reducer(embeds, valid, positions, items, deepstack)
         if moved is not None and cache is not None:
-            for layer in cache.layers:
-                layer.shift_B = moved if layer.shift_B is None else layer.shift_B + moved
+            move_positions(cache, moved)
         report.prompt_lengths = [ids.shape[0] for ids in sequence.ids]
         call = self._open_call(config, embeds, sequence, length, cache)
         call.items, call.report, call.deepstack = items, report, deepstack
@@ -292,6 +277,7 @@ class LanguageStage(OfOneModel):
             seed=self.settings.seed,
             num_layers=len(self.layers),
             mask_only=self.settings.mask_only,
+            rotary=getattr(self.adapter.language_model(self.model), "rotary_emb", None),
         )
         return self.state.call
 
@@ -302,27 +288,13 @@ class LanguageStage(OfOneModel):
         embeds: torch.Tensor,
         positions: torch.Tensor,
     ) -> dict[str, Any]:
+        call.position_PBL = positions
         kwargs["inputs_embeds"] = embeds
         kwargs["position_ids"] = positions if positions.shape[0] > 1 else positions[0]
         kwargs["past_key_values"] = call.cache
         # Every layer gets its own mask; the model only needs one that it passes on unread.
         kwargs["attention_mask"] = call.mask_of_layer(0, embeds.shape[1])
         return kwargs
-
-    def _is_compact(self) -> bool:
-        """Whether shortened prompts are renumbered."""
-        recipe = self.settings.recipe
-        if self.adapter.mrope:
-            if recipe.positions == "compact":
-                raise AttachmentError(
-                    f"{self.adapter.docs_name} numbers visual tokens by time, row and column "
-                    '(M-RoPE); they cannot be renumbered. Use positions="original".'
-                )
-            return False
-        if recipe.positions != "auto":
-            return recipe.positions == "compact"
-        projector = recipe.at("projector")
-        return bool(projector) and (recipe.steps[projector[0]].method.card.positions == "compact")
 
     # -- the layers -----------------------------------------------------------------------------
 

@@ -39,7 +39,7 @@ class LayerAttention:
 
     def view(self, sample: int) -> AttentionView:
         rows_S = self.rows[sample]
-        cos, sin = (_take(part, sample, rows_S) for part in self.position_embeddings)
+        cos, sin = (take_rows(part, sample, rows_S) for part in self.position_embeddings)
         q_BHSd, k_BGSd = project_text_qk(
             self.module,
             self.q_raw[sample : sample + 1, rows_S],
@@ -57,7 +57,7 @@ class LayerAttention:
         return AttentionView(q_BHSd, k_BGSd, scale, torch.searchsorted(rows_S, self.visual[sample]))
 
 
-def _take(part: torch.Tensor, sample: int, rows_S: torch.Tensor) -> torch.Tensor:
+def take_rows(part: torch.Tensor, sample: int, rows_S: torch.Tensor) -> torch.Tensor:
     """(cos or sin) [.., B or 1, L, d] of one sample's rows, [.., 1, S, d]."""
     row = sample if part.shape[-3] > 1 else 0
     return part[..., row : row + 1, rows_S, :]

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from foveate.attach.decoder import visual_rows
 from foveate.attach.features import FeatureRecord
 from foveate.attach.sequence import (
     Layout,
@@ -23,6 +22,7 @@ from foveate.attach.sequence import (
     compact_positions,
     gather_columns,
     reduce_item_rows,
+    visual_rows,
 )
 from foveate.core import (
     Budget,

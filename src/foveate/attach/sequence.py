@@ -9,7 +9,7 @@ D channels, P rows of position ids (1, or 3-4 with M-RoPE).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -58,6 +58,10 @@ class VisualRows:
     @property
     def num(self) -> int:
         return self.rows_N.shape[0]
+
+    def shifted(self, by: int) -> VisualRows:
+        """The same tokens `by` columns to the right."""
+        return replace(self, rows_N=self.rows_N + by)
 
     def take(self, index_M: torch.Tensor, rows_M: torch.Tensor) -> VisualRows:
         """The tokens `index_M`, now at `rows_M`."""
@@ -208,3 +212,25 @@ def compact_positions(
     else:
         old_counts_B = old_valid_BL.sum(dim=1)
     return new, old_counts_B - counts_B
+
+
+def visual_rows(
+    rows: list[torch.Tensor],
+    targets: list[torch.Tensor],
+    positions: list[torch.Tensor],
+    kinds: list[torch.Tensor],
+    device: torch.device,
+) -> VisualRows:
+    """One sample's visual tokens from the rows, targets, positions and kinds of its items."""
+    if not rows:
+        empty = torch.empty(0, dtype=torch.long, device=device)
+        return VisualRows(empty, empty, empty, empty.new_empty(0, 3), empty)
+    item = torch.cat([torch.full_like(r, i) for i, r in enumerate(rows)])
+    rows_N, order = torch.cat(rows).sort()
+    return VisualRows(
+        rows_N,
+        item[order],
+        torch.cat(targets)[order],
+        torch.cat(positions)[order],
+        torch.cat(kinds)[order],
+    )

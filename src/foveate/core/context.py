@@ -160,7 +160,7 @@ class DecoderContext(Context):
         attention: `attention(layer)` gives the `AttentionView` of an earlier declared layer over
             the tokens that layer saw; `survivors` maps it to the current tokens.
         survivors: `survivors(layer)` gives the positions that the current sequence's tokens had in
-            that layer, int64 [S].
+            that layer, int64 [S]; -1 for tokens it did not see.
     """
 
     layer: int = 0

@@ -44,6 +44,8 @@ class Method:
             has". Only what is declared is computed.
         any_tokens: the projector stage reads tokens only, not `context.grid`, so it can follow
             another projector method that has shortened the item.
+        renumbers: after every decoder reduction the remaining tokens get contiguous positions, in
+            that layer and all deeper ones; otherwise they keep theirs. M-RoPE models always do.
         encoder_point: where the encoder stage acts in a block: "after_attention" (between
             attention and MLP), "block_start" or "block_end".
 
@@ -63,6 +65,7 @@ class Method:
     card: ClassVar[Card]
     needs: ClassVar[tuple[str | tuple[str, ...], ...]] = ()
     any_tokens: ClassVar[bool] = False
+    renumbers: ClassVar[bool] = False
     encoder_point: ClassVar[Literal["after_attention", "block_start", "block_end"]] = (
         "after_attention"
     )
@@ -164,6 +167,13 @@ class Method:
 
     def attention_layers(self, num_layers: int) -> Sequence[int]:
         """Layers whose queries and keys `decoder` reads."""
+        return ()
+
+    def return_layers(self, num_layers: int) -> Sequence[int]:
+        """Layers before which tokens that `decoder` removed come back; none: they are gone.
+
+        Parked tokens skip the layers in between and return in the state in which they left.
+        """
         return ()
 
     def check(self, num_encoder_layers: int | None, num_layers: int | None) -> None:

@@ -1,0 +1,85 @@
+"""The cache stage: keys and values of visual tokens leave a layer after its attention has run.
+
+Legend: B batch, G key heads, T cached slots, N visual tokens of a sample, d head channels.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import torch
+
+from foveate.attach.cache import ReducedLayer
+from foveate.attach.plan import StepPlan, placed
+from foveate.attach.sequence import Layout
+from foveate.core import CacheContext, Reduction, StageReport
+
+if TYPE_CHECKING:
+    from foveate.attach.decoder import DecoderCall
+
+
+def reduce_cache(call: DecoderCall, step: StepPlan, layer: int) -> None:
+    """Let a cache-stage method thin out what one layer has just cached."""
+    cached = call.layer_cache(layer)
+    if cached is None:
+        return
+    begin = time.perf_counter()
+    device = cached.kv[0].device
+    num_past = cached.length - call.sequence.length
+    keep_all = []
+    before, after, touched = [], [], False
+    for sample, visual in enumerate(call.sequence.visual):
+        keep_T = torch.ones(cached.length, dtype=torch.bool, device=device)
+        if cached.valid_BT is not None:
+            keep_T &= cached.valid_BT[sample]
+        reduction = _ask(call, step, layer, sample, cached, num_past)
+        before.append(visual.num)
+        after.append(visual.num)
+        if reduction is not None:
+            touched = True
+            slots_N = visual.rows_N + num_past
+            slots_M = slots_N[reduction.anchor_BM[0]]
+            if reduction.kind != "select":
+                for store in cached.kv:
+                    visual_1NGd = store[sample : sample + 1, :, slots_N].transpose(1, 2)
+                    store[sample, :, slots_M] = reduction.apply(visual_1NGd)[0].transpose(0, 1)
+            keep_T[slots_N] = False
+            keep_T[slots_M] = True
+            after[-1] = slots_M.shape[0]
+        keep_all.append(keep_T)
+    if touched:
+        if call.mask_only:
+            cached.valid_BT = torch.stack(keep_all)
+        else:
+            layout = Layout([keep_T.nonzero()[:, 0] for keep_T in keep_all])
+            cached.keep(layout.index_BL(), layout.valid_BL())
+        call.report.stages.append(
+            StageReport("cache", step.method.name, tuple(before), tuple(after), layer)
+        )
+    spent = call.report.seconds.get("cache", 0.0)
+    call.report.seconds["cache"] = spent + time.perf_counter() - begin
+
+
+def _ask(
+    call: DecoderCall, step: StepPlan, layer: int, sample: int, cached: ReducedLayer, num_past: int
+) -> Reduction | None:
+    visual = call.sequence.visual[sample]
+    budget = step.budget(sample)
+    if visual.num == 0 or budget.is_full:
+        return None
+    slots_N = visual.rows_N + num_past
+    context = CacheContext(
+        budget=budget,
+        method=step.method.name,
+        seed=call.seed,
+        state=call.states[step.number, sample],
+        layer=layer,
+        num_layers=call.num_layers,
+        position_N3=visual.position_N3,
+        item_N=visual.item_N,
+    )
+    with torch.no_grad():
+        keys_BGNd, values_BGNd = (x[sample : sample + 1, :, slots_N] for x in cached.kv)
+        reduction = step.method.cache(keys_BGNd, values_BGNd, context)
+    return placed(reduction, step.method, keys_BGNd.device)
