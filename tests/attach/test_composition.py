@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
 import foveate
+from foveate.core import Card, Method, Reduction
 from foveate.errors import AttachmentError, RecipeError
 from tiny import tiny_inputs, tiny_model
 
@@ -53,6 +56,26 @@ def test_method_that_reads_frames_must_come_first(model):
     with pytest.raises(AttachmentError, match="put it first"):
         foveate.reduce(model, "divprune(retain=0.5) + holitom", retain=0.5)
     assert not any(module._forward_hooks for module in model.model.language_model.layers)
+
+
+@dataclass(frozen=True)
+class Padded(Method):
+    """Returns a reduction with a padded target, as a batched method might."""
+
+    card = Card("padded", "Padded", "test", ("projector",), "baseline", "For tests.")
+
+    def projector(self, tokens, context):
+        index = torch.tensor([[0, 5, -1]])
+        return Reduction.select(index, tokens.num_tokens, mask_BM=index >= 0)
+
+
+def test_padding_of_a_reduction_never_becomes_a_token(model, video):
+    with torch.no_grad(), foveate.reduce(model, Padded(), retain=0.5) as run:
+        out = model(**video)
+    item = run.report.items[0]
+    assert item.after == 2
+    assert item.reduction.anchor_BM.tolist() == [[0, 5]]
+    assert out.logits.shape[1] == video["input_ids"].shape[1] - item.before + 2
 
 
 def test_shared_stage_needs_budgets(model):

@@ -32,6 +32,8 @@ def placed(reduction: Reduction | None, method: Method, device: torch.device) ->
     """The reduction if it changes anything, checked for what the middle of a sequence needs."""
     if reduction is None or reduction.is_identity:
         return None
+    if reduction.mask_BM is not None:
+        reduction = reduction.sample(0)
     anchor_M = reduction.anchor_BM[0].sort().values
     if bool((anchor_M < 0).any() | (anchor_M[1:] == anchor_M[:-1]).any()):
         raise ValueError(

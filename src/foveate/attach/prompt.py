@@ -174,6 +174,8 @@ class PromptReducer:
             item.report.annotations.update(context.state)
             if reduction is None or reduction.is_identity:
                 continue
+            if reduction.mask_BM is not None:
+                reduction = reduction.sample(0)
             tokens = tokens.reduce(reduction.to(x_1ND.device))
         return tokens.reduction
 

@@ -145,7 +145,7 @@ class ToMe(Method):
         prefix, N = context.num_prefix, tokens.num_tokens
         if context.keys_BHNd is None:
             raise ValueError("tome needs the keys of the block, and the context has none.")
-        if tokens.mask_BN is not None:
+        if tokens.mask_BN is not None and not bool(tokens.mask_BN.all()):
             raise ValueError("tome needs images of one size: padding would be merged into patches.")
         if context.layer == 0:
             context.state["num_patches"] = N - prefix

@@ -23,7 +23,8 @@ def widen(x: Tensor) -> Tensor:
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
     """Switch autocast off: it would silently round logits and distances to half precision."""
-    if torch.is_autocast_enabled(device.type):
+    # The meta device knows no autocast and would raise.
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 
