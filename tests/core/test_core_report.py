@@ -53,10 +53,20 @@ def test_text_shows_every_figure_in_its_row(report: Report) -> None:
     assert rows["projector"][1:] == ["tome", "32", "20", "62.5%"]
     assert rows["decoder 2-3"][2:] == ["fastv", "20", "5", "25.0%"]
     assert rows["into the LLM"][3:] == ["32", "20", "62.5%"]
-    assert rows["TFLOPs"][1:] == ["4", "1", "25.0%"]
+    assert rows["TFLOPs"][1:] == ["4.00", "1.00", "25.0%"]
     assert lines[-2:] == ["spent in methods: projector 12.3 ms", "note: nothing was measured"]
     widths = {len(line) for line in lines[1:6]}
     assert len(widths) == 1, "columns line up"
+
+
+@pytest.mark.parametrize(
+    ("flops", "shown"),
+    [(2.5e14, "TFLOPs 250.00"), (7.1e10, "GFLOPs 71.00"), (2.5e7, "MFLOPs 25.00")],
+)
+def test_text_chooses_a_unit(report: Report, flops: float, shown: str) -> None:
+    report.flops = {"untouched": {"total": flops}, "reduced": {"total": flops / 2}}
+    rows = [" ".join(line.split()[:2]) for line in str(report).splitlines()]
+    assert shown in rows
 
 
 def test_text_of_unfinished_reports(report: Report) -> None:

@@ -172,8 +172,9 @@ class Report:
         )
         total = {name: part.get("total", 0.0) for name, part in self.flops.items()}
         if total.get("untouched") and "reduced" in total:
+            unit, scale = _flops_unit(total["untouched"])
             lines.append(
-                f"{'TFLOPs':<34}{total['untouched'] / 1e12:>9.4g}{total['reduced'] / 1e12:>9.4g}"
+                f"{unit:<34}{total['untouched'] / scale:>9.2f}{total['reduced'] / scale:>9.2f}"
                 f"{total['reduced'] / total['untouched']:>9.1%}"
             )
         if self.seconds:
@@ -256,3 +257,11 @@ def merge_layers(stages: Sequence[StageReport]) -> list[Mapping[str, Any]]:
             }
         )
     return rows
+
+
+def _flops_unit(most: float) -> tuple[str, float]:
+    """The unit in which a figure has one to three digits before the point."""
+    for name, scale in (("TFLOPs", 1e12), ("GFLOPs", 1e9)):
+        if most >= scale:
+            return name, scale
+    return "MFLOPs", 1e6
