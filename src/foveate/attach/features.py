@@ -111,13 +111,8 @@ class FeatureWatch(OfOneModel):
 
         Records of features that this call does not use are forgotten.
         """
-        pending = getattr(self._local, "pending", {})
-        self._local.pending = {}
-        for modality, output in outputs.items():
-            kept = self._kept.get(id(output))
-            record = kept[1] if kept is not None else pending.get(modality)
-            if record is not None:
-                self._local.pending[modality] = record
+        kept = {modality: self._kept.get(id(output)) for modality, output in outputs.items()}
+        self._local.pending = {name: found[1] for name, found in kept.items() if found is not None}
 
     def take(self) -> dict[str, FeatureRecord]:
         """The records of the running call, by modality."""
@@ -201,7 +196,7 @@ class FeatureWatch(OfOneModel):
         key = id(output)
         try:
             reference = weakref.ref(output, lambda _: self._kept.pop(key, None))
-        except TypeError:  # tuples; only the next call knows them
+        except TypeError:  # tuples, which only the call that made them can use
             return
         self._kept[key] = (reference, record)
 

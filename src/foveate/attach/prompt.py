@@ -62,7 +62,8 @@ def find_items(
             raise AttachmentError(
                 f"The prompt has {total} {modality} tokens, but their features were not computed "
                 "inside this attachment, so their layout is unknown. Call the model's feature "
-                "method or generate() inside it instead of passing features made elsewhere."
+                "method or generate() inside it instead of passing features made elsewhere, and "
+                "prefill in one go (prefill_chunk_size=None)."
             )
         described = sum(grid.num_tokens for grid in record.grids)
         if described == 0 or total % described or batch % (total // described):
