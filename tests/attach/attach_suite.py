@@ -5,6 +5,7 @@ Legend: B samples, L padded tokens, S tokens of a sample, N tokens of an item, D
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -107,6 +108,32 @@ def same_steps(together: Any, row: int, alone: Any, alone_row: int = 0) -> None:
     assert together.sequences[row, -num:].tolist() == alone.sequences[alone_row, -num:].tolist()
     for ours, theirs in zip(together.logits, alone.logits, strict=True):
         torch.testing.assert_close(ours[row], theirs[alone_row], atol=TOLERANCE, rtol=0)
+
+
+def snapshot(model: nn.Module) -> dict[str, dict]:
+    """Everything every module holds; containers are copied, the rest compared by identity."""
+    taken = {}
+    for name, module in model.named_modules():
+        taken[name] = {
+            key: type(value)(value) if isinstance(value, (dict, list, set, OrderedDict)) else value
+            for key, value in vars(module).items()
+        }
+    return taken
+
+
+def assert_same(before: dict[str, dict], after: dict[str, dict]) -> None:
+    assert before.keys() == after.keys()
+    for name, attributes in before.items():
+        assert attributes.keys() == after[name].keys(), name
+        for key, value in attributes.items():
+            now = after[name][key]
+            if isinstance(value, dict):
+                assert list(value) == list(now), (name, key)
+                assert all(value[k] is now[k] for k in value), (name, key)
+            elif isinstance(value, (list, set)):
+                assert value == now, (name, key)
+            else:
+                assert value is now or value == now, (name, key)
 
 
 ALL = TINY_FAMILIES
