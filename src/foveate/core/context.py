@@ -172,6 +172,15 @@ class DecoderContext(Context):
     attention: Callable[[int], AttentionView] = lambda layer: _no_attention(layer)
     survivors: Callable[[int], torch.Tensor] = lambda layer: torch.empty(0, dtype=torch.long)
 
+    def last_token_attention(self, layer: int) -> torch.Tensor:
+        """Attention of the last token of a declared layer to the present visual tokens.
+
+        Returns:
+            float32 [N], mean over heads.
+        """
+        row_S = self.attention(layer).last_row()[0].mean(0)
+        return row_S[self.survivors(layer)[self.visual_N]]
+
 
 @dataclass(eq=False)
 class CacheContext(Context):

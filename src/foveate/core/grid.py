@@ -141,6 +141,11 @@ class Grid:
         return sum(plane.num_patches for plane in self.planes)
 
     @property
+    def num_special(self) -> int:
+        """Tokens that no row holds: [CLS] tokens and the newlines at the end."""
+        return self.newlines_at_end + sum(plane.prefix for plane in self.planes)
+
+    @property
     def is_uniform(self) -> bool:
         """Whether all planes are equal, so that patches reshape to [frames, height, width]."""
         return len(set(self.planes)) == 1

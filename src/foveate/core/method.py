@@ -177,7 +177,12 @@ class Method:
         return ()
 
     def check(self, num_encoder_layers: int | None, num_layers: int | None) -> None:
-        """Raise `ValueError` when the hyper-parameters do not fit a model of this depth."""
+        """Raise `ValueError` when the hyper-parameters do not fit a model of this depth.
+
+        The default asks for the decoder layers, which a method resolves there.
+        """
+        if num_layers is not None:
+            self.decoder_layers(num_layers)
 
 
 def relative_layer(layer: int | float, num_layers: int, name: str = "layer") -> int:

@@ -67,3 +67,16 @@ def with_newlines(kept_K: torch.Tensor, grid: Grid, policy: NewlinePolicy = "row
         occupied[row_N[kept_K][is_patch_K]] = True
         keep_N |= is_newline_N & (occupied[row_N] | end_N)
     return keep_N.nonzero()[:, 0]
+
+
+def with_special(kept_K: torch.Tensor, grid: Grid, policy: NewlinePolicy = "row") -> torch.Tensor:
+    """Like `with_newlines`, and all [CLS] tokens stay as well, ascending.
+
+    Example:
+        >>> from foveate.core import Grid, Plane
+        >>> grid = Grid((Plane(2, 2, row_newline=True, prefix=1),))     # c p p n p p n
+        >>> with_special(torch.tensor([1]), grid).tolist()
+        [0, 1, 3]
+    """
+    cls_C = (grid.kinds(kept_K.device) == TokenKind.CLS).nonzero()[:, 0]
+    return torch.cat([with_newlines(kept_K, grid, policy), cls_C]).unique()

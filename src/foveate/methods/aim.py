@@ -167,12 +167,11 @@ class AIM(Method):
         if budget.is_full:
             return Count(grid.num_tokens)
         kept = budget.split([plane.num_patches for plane in grid.planes])
-        special = grid.newlines_at_end + sum(plane.prefix for plane in grid.planes)
         rows = [
             min(plane.height, n) if plane.row_newline else 0
             for plane, n in zip(grid.planes, kept, strict=True)
         ]
-        return Count(sum(kept) + special + sum(rows), exact=not any(rows))
+        return Count(sum(kept) + grid.num_special + sum(rows), exact=not any(rows))
 
     def projector(self, tokens: Tokens, context: ProjectorContext) -> Reduction | None:
         """Merge the patches of every plane of one item."""
@@ -223,11 +222,6 @@ class AIM(Method):
     def attention_layers(self, num_layers: int) -> tuple[int, ...]:
         """The layers whose attention ranks the tokens that go before the next one."""
         return tuple(layer - 1 for layer in self.decoder_layers(num_layers))
-
-    def check(self, num_encoder_layers: int | None, num_layers: int | None) -> None:
-        """Raise `ValueError` when the schedule does not fit the depth."""
-        if num_layers is not None:
-            self.kept_after(num_layers)
 
     def decoder(self, tokens: Tokens, context: DecoderContext) -> Reduction | None:
         """Keep the visual tokens of highest page rank, perhaps none; O(H S^2) for S tokens."""

@@ -76,18 +76,11 @@ class FastV(Method):
         """The layer before it, for the last row of its attention."""
         return tuple(layer - 1 for layer in self.decoder_layers(num_layers))
 
-    def check(self, num_encoder_layers: int | None, num_layers: int | None) -> None:
-        """Raise `ValueError` when the layer does not exist."""
-        if num_layers is not None:
-            self.decoder_layers(num_layers)
-
     def decoder(self, tokens: Tokens, context: DecoderContext) -> Reduction | None:
         """Keep the most attended visual tokens of one sample, in order."""
         N = tokens.num_tokens
         if context.budget.is_full or N == 0:
             return None
-        before = context.layer - 1
-        row_S = context.attention(before).last_row()[0].mean(0)
-        score_N = row_S[context.survivors(before)[context.visual_N]]
+        score_N = context.last_token_attention(context.layer - 1)
         keep = max(1, context.budget.count(N))
         return Reduction.select(ops.top_k(score_N, keep), N)

@@ -24,9 +24,8 @@ from foveate.core import (
     Method,
     ProjectorContext,
     Reduction,
-    TokenKind,
     Tokens,
-    with_newlines,
+    with_special,
 )
 
 StaticOutput = Literal["beta", "mean"]
@@ -289,7 +288,7 @@ class HoliTom(Method):
             return Count(grid.num_tokens)
         frames, patches = len(grid.planes), grid.num_patches
         most = math.floor(budget.fraction(patches) * patches + 1.25 * frames + 1e-6)
-        special = grid.newlines_at_end + sum(plane.prefix for plane in grid.planes)
+        special = grid.num_special
         if self._keeps_rows(grid):
             special += sum(plane.height for plane in grid.planes if plane.row_newline)
         return Count(min(min(most, patches) + special, grid.num_tokens), exact=False)
@@ -345,19 +344,12 @@ class HoliTom(Method):
         """The layer before it, for the last row of its attention."""
         return tuple(layer - 1 for layer in self.decoder_layers(num_layers))
 
-    def check(self, num_encoder_layers: int | None, num_layers: int | None) -> None:
-        """Raise `ValueError` when the inner layer does not exist."""
-        if num_layers is not None:
-            self.decoder_layers(num_layers)
-
     def decoder(self, tokens: Tokens, context: DecoderContext) -> Reduction | None:
         """Merge the visual tokens of one sample before `context.layer`."""
         images_only = context.modalities == {"image"}
         if tokens.num_tokens == 0 or context.budget.is_full or images_only:
             return None
-        before = context.layer - 1
-        row_S = context.attention(before).last_row()[0].mean(0)
-        score_N = row_S[context.survivors(before)[context.visual_N]]
+        score_N = context.last_token_attention(context.layer - 1)
         return inner(tokens.x_BND[0], score_N, self.inner_retain, merge=self.inner_merge)
 
     def _keeps_rows(self, grid: Grid) -> bool:
@@ -372,9 +364,7 @@ class HoliTom(Method):
         target_P, weight_P = merged.target_TN.flatten(), merged.weight_TN.flatten()
         anchor_K = (target_P == torch.arange(T * N, device=device)).nonzero()[:, 0]
         raster = self._keeps_rows(grid)
-        kept_K = with_newlines(patch_P[anchor_K], grid, "row" if raster else "end")
-        cls_K = (grid.kinds(device) == TokenKind.CLS).nonzero()[:, 0]
-        kept_K = torch.cat([kept_K, cls_K]).sort().values
+        kept_K = with_special(patch_P[anchor_K], grid, "row" if raster else "end")
         if not raster:
             # Static tokens of a segment come before everything else of its first frame.
             static_N = torch.zeros(grid.num_tokens, dtype=torch.bool, device=device)

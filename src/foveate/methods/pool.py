@@ -19,9 +19,8 @@ from foveate.core import (
     Method,
     ProjectorContext,
     Reduction,
-    TokenKind,
     Tokens,
-    with_newlines,
+    with_special,
 )
 
 
@@ -79,9 +78,9 @@ class Pool(Method):
         """Cells of all planes plus special tokens, exactly."""
         if budget.is_full:
             return Count(grid.num_tokens)
-        total = grid.newlines_at_end
+        total = grid.num_special
         for plane, (h, w) in zip(grid.planes, self._shapes(grid, budget), strict=True):
-            total += h * w + plane.prefix + (h if plane.row_newline else 0)
+            total += h * w + (h if plane.row_newline else 0)
         return Count(total)
 
     def projector(self, tokens: Tokens, context: ProjectorContext) -> Reduction | None:
@@ -96,8 +95,7 @@ class Pool(Method):
         cell_row_P, is_middle_row_P = _bins(row_P, before[:, 0], after[:, 0])
         cell_column_P, is_middle_column_P = _bins(column_P, before[:, 1], after[:, 1])
         anchor_K = patch_P[is_middle_row_P & is_middle_column_P]
-        cls_K = (grid.kinds(device) == TokenKind.CLS).nonzero()[:, 0]
-        kept_M = torch.cat([with_newlines(anchor_K, grid, "row"), cls_K]).sort().values
+        kept_M = with_special(anchor_K, grid)
         slot_N = torch.full((N,), -1, device=device)
         slot_N[kept_M] = torch.arange(len(kept_M), device=device)
         # Cells in raster order are numbered like their anchors, which are in raster order, too.
