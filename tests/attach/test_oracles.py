@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle_methods import DropAll, EveryOther, EveryOtherAtEntry, EveryOtherSlot, KeepAll
+from oracle_methods import (
+    DropAll,
+    EveryOther,
+    EveryOtherAtEntry,
+    EveryOtherSlot,
+    KeepAll,
+    Renumbers,
+)
 
 import foveate
 from tiny import TINY_FAMILIES, Sample, tiny_inputs, tiny_modalities, tiny_model
@@ -105,13 +112,13 @@ def test_generation_equals_masking(family, method, beams):
 
 
 @pytest.mark.parametrize("family", TINY_FAMILIES)
-def test_second_turn_on_the_returned_cache(family):
+@pytest.mark.parametrize("method", [EveryOther((1, 3)), Renumbers((1, 3))], ids=["plain", "moved"])
+def test_second_turn_on_the_returned_cache(family, method):
     """Several new tokens on a shortened cache: the mask must be causal at each layer's length."""
     model, inputs = tiny_model(family), tiny_inputs(family, samples=BATCH)
     more = torch.tensor([[11, 12, 13]] * 3)
     logits = []
     for mask_only in (True, False):
-        method = EveryOther((1, 3))
         with foveate.reduce(model, method, tokens=10**6, mask_only=mask_only):
             first = model.generate(
                 **inputs, do_sample=False, max_new_tokens=3, return_dict_in_generate=True

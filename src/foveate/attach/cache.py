@@ -25,7 +25,10 @@ class ReducedLayer(DynamicLayer):
     Attributes:
         valid_BT: bool [B, T], False for padding slots; None when all are real.
         seen: tokens read so far, counted before any reduction.
-        shift_B: int64 [B], how far positions moved down when the prompt was renumbered; None: 0.
+        shift_B: int64 [B], how far positions moved down when the prompt was renumbered, the same
+            in all layers; None: 0.
+        extra_B: int64 [B], how far they moved further down in this layer, where a method renumbers
+            inside the language model; None: 0.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -33,6 +36,7 @@ class ReducedLayer(DynamicLayer):
         self.valid_BT: torch.Tensor | None = None
         self.seen = 0
         self.shift_B: torch.Tensor | None = None
+        self.extra_B: torch.Tensor | None = None
         self._expected: tuple[torch.Tensor | None, int] | None = None
 
     @property
@@ -56,7 +60,8 @@ class ReducedLayer(DynamicLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         num_new = key_states.shape[-2]
-        if self._expected is None and (self.length != self.seen or self.shift_B is not None):
+        moved = self.shift_B is not None or self.extra_B is not None
+        if self._expected is None and (moved or self.length != self.seen):
             raise AttachmentError(
                 "This cache was shortened; without the recipe the model would mask and number it "
                 "as if it were whole. Go on inside foveate.reduce(...), or start a new cache."
@@ -85,7 +90,7 @@ class ReducedLayer(DynamicLayer):
 
     def reset(self) -> None:
         super().reset()
-        self.valid_BT = self.shift_B = self._expected = None
+        self.valid_BT = self.shift_B = self.extra_B = self._expected = None
         self.seen = 0
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -94,7 +99,7 @@ class ReducedLayer(DynamicLayer):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
-        for name in ("valid_BT", "shift_B"):
+        for name in ("valid_BT", "shift_B", "extra_B"):
             value = getattr(self, name)
             if value is not None:
                 setattr(self, name, value.repeat_interleave(repeats, dim=0))
@@ -116,7 +121,7 @@ class ReducedLayer(DynamicLayer):
         self.seen -= remove
 
     def _reindex(self, index: torch.Tensor) -> None:
-        for name in ("valid_BT", "shift_B"):
+        for name in ("valid_BT", "shift_B", "extra_B"):
             value = getattr(self, name)
             if value is not None:
                 setattr(self, name, value[index.to(value.device)])
@@ -140,11 +145,19 @@ def join_valid(
     return torch.cat([past_BT, new_BQ], dim=1)
 
 
-def move_positions(cache: Cache, moved_B: torch.Tensor, first_layer: int = 0) -> None:
-    """Note that positions of all later tokens moved down by `moved_B`, from a layer on."""
+def move_positions(
+    cache: Cache, moved_B: torch.Tensor, name: str = "shift_B", first_layer: int = 0
+) -> None:
+    """Note that positions of all later tokens moved down by `moved_B`, from a layer on.
+
+    Layers that were equal stay so by sharing one tensor, by which later steps know them.
+    """
+    sums: dict[int, torch.Tensor] = {}
     for layer in cache.layers[first_layer:]:
-        assert isinstance(layer, ReducedLayer)
-        layer.shift_B = moved_B if layer.shift_B is None else layer.shift_B + moved_B
+        old_B = getattr(layer, name)
+        if id(old_B) not in sums:
+            sums[id(old_B)] = moved_B if old_B is None else old_B + moved_B
+        setattr(layer, name, sums[id(old_B)])
 
 
 def is_managed(cache: Cache | None) -> bool:

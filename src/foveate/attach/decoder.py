@@ -83,14 +83,11 @@ class DecoderCall:
 
     def __post_init__(self) -> None:
         self.num_visual = [visual.num for visual in self.sequence.visual]
-        # Earlier turns may have renumbered deeper layers by more than the first.
-        first = None if self.cache is None else self.layer_cache(0)
-        base_B = None if first is None else first.shift_B
-        self.extra_shift: dict[int, torch.Tensor] = {}
-        for layer in range(self.num_layers if first is not None else 0):
-            shift_B = self.layer_cache(layer).shift_B  # pyright: ignore[reportOptionalMemberAccess]
-            if shift_B is not None and shift_B is not base_B:
-                self.extra_shift[layer] = shift_B if base_B is None else shift_B - base_B
+        # Earlier turns may have renumbered deeper layers further; this call's own renumbering is in
+        # its position embeddings already.
+        layers: Any = () if self.cache is None else self.cache.layers
+        self.extra = {i: x.extra_B for i, x in enumerate(layers) if x.extra_B is not None}
+        self.embeddings_by_extra: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     # -- before a layer -------------------------------------------------------------------------
 
@@ -125,12 +122,15 @@ class DecoderCall:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(cos, sin) of the present columns in one layer's own numbering."""
         assert self.position_embeddings is not None
-        extra_B = self.extra_shift.get(layer)
+        extra_B = self.extra.get(layer)
         if extra_B is None:
             return self.position_embeddings
         assert self.rotary is not None and self.position_PBL is not None
-        shifted_PBL = (self.position_PBL - extra_B[None, :, None]).clamp(min=0)
-        return self.rotary(hidden_BLD, shifted_PBL[0])
+        known = self.embeddings_by_extra
+        if id(extra_B) not in known:
+            shifted_PBL = (self.position_PBL - extra_B[None, :, None]).clamp(min=0)
+            known[id(extra_B)] = self.rotary(hidden_BLD, shifted_PBL[0])
+        return known[id(extra_B)]
 
     def mask_of_layer(self, layer: int, num_new: int) -> torch.Tensor | None:
         """The attention mask of `num_new` columns on what this layer has cached."""
@@ -272,6 +272,7 @@ class DecoderCall:
             return hidden_BLD
         index_BL = layout.index_BL()
         assert self.position_embeddings is not None
+        self.embeddings_by_extra = {}
         cos, sin = self.position_embeddings
         self.position_embeddings = (
             gather_columns(cos, index_BL, cos.dim() - 2),
@@ -293,10 +294,10 @@ class DecoderCall:
             new_PBL[:, sample, rows_S] = new_S
             shifts.append(old_S[-1] - new_S[-1])
         moved_B = torch.stack(shifts)
-        self.position_PBL = new_PBL
+        self.position_PBL, self.embeddings_by_extra = new_PBL, {}
         self.position_embeddings = self.rotary(hidden_BLD, new_PBL[0])
         if self.cache is not None:
-            move_positions(self.cache, moved_B, layer)
+            move_positions(self.cache, moved_B, "extra_B", layer)
 
     # -- attention signals ----------------------------------------------------------------------
 

@@ -125,8 +125,10 @@ class LanguageStage(OfOneModel):
         state.call = state.placeholders = state.text_ids = None
         if not self.settings.active():
             return
-        call = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-        given = {**call.pop("kwargs", {}), **call}
+        given = kwargs
+        if args:
+            call = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+            given = {**call.pop("kwargs", {}), **call}
         outputs = given.get("mm_encoder_outputs") or {}
         self.watch.begin(outputs)
         pixels = [name for name in given if name.startswith("pixel_values")]

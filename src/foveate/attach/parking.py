@@ -141,7 +141,7 @@ def _splice(
         )
         for i in (1, 2)
     )
-    call.position_embeddings = (cos, sin)
+    call.position_embeddings, call.embeddings_by_extra = (cos, sin), {}
     call.position_PBL = torch.stack(
         [pad(p[3], (length - n, 0)) for p, n in zip(columns, counts, strict=True)], dim=1
     )
