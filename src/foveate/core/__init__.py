@@ -14,11 +14,12 @@ from foveate.core.context import (
 from foveate.core.grid import Grid, Modality, Plane, TokenKind
 from foveate.core.method import Count, Method, relative_layer
 from foveate.core.newlines import NewlinePolicy, with_newlines, with_special
-from foveate.core.recipe import Recipe, Step
+from foveate.core.recipe import Recipe
 from foveate.core.reduction import Reduction
 from foveate.core.registry import METHODS, get_method, list_methods, register_method
 from foveate.core.report import ItemReport, Report, StageReport
 from foveate.core.selector import PatchSelector
+from foveate.core.step import Step
 from foveate.core.tokens import Tokens
 
 __all__ = [

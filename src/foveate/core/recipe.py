@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import ast
-import dataclasses
 import json
-import re
-import warnings
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +10,20 @@ from typing import Any, Literal
 
 from foveate.core._files import write_text
 from foveate.core.budget import Budget
-from foveate.core.card import STAGES, Stage
+from foveate.core.card import Stage
 from foveate.core.grid import Grid
 from foveate.core.method import Count, Method
-from foveate.core.registry import get_method
+from foveate.core.step import (
+    Step,
+    fields_of,
+    parse_term,
+    split_terms,
+    step_from_json,
+    warn_unknown,
+)
 from foveate.errors import RecipeError
 
 Positions = Literal["auto", "compact", "original"]
-_TERM = re.compile(r"^\s*(\w+)\s*(\(.*\))?\s*(?:@\s*([a-z,\s]+))?\s*$", re.DOTALL)
 #: The stage that a recipe's budget speaks of: the first of these that the recipe has.
 _BUDGET_ORDER: tuple[Stage, ...] = (
     "projector",
@@ -32,47 +33,6 @@ _BUDGET_ORDER: tuple[Stage, ...] = (
     "patches",
     "frames",
 )
-
-
-@dataclass(frozen=True)
-class Step:
-    """One method of a recipe.
-
-    Attributes:
-        method: the configured method.
-        stages: the stages it acts at here (a subset of what it can).
-        budget: its own budget; None takes the call's or the method's default.
-
-    Raises:
-        RecipeError: no stage, or one at which the method does not act.
-
-    Example:
-        >>> str(Step(get_method("tome")(r=8), ("encoder",), Budget(retain=0.5)))
-        'tome(r=8, retain=0.5)'
-    """
-
-    method: Method
-    stages: tuple[Stage, ...]
-    budget: Budget | None = None
-
-    def __post_init__(self) -> None:
-        missing = [stage for stage in self.stages if stage not in self.method.stages()]
-        if missing or not self.stages:
-            raise RecipeError(
-                f"{self.method.name} acts at {', '.join(self.method.stages())}, "
-                f"not at {', '.join(missing) or 'no stage'}."
-            )
-        if self.budget == Budget():
-            # "No budget" would read as "the default" once written down; what it means is all.
-            object.__setattr__(self, "budget", Budget(retain=1.0))
-
-    def __str__(self) -> str:
-        arguments = [f"{name}={value!r}" for name, value in self.method.arguments().items()]
-        if self.budget is not None:
-            amount = "retain" if self.budget.retain is not None else "tokens"
-            arguments.append(f"{amount}={getattr(self.budget, amount)!r}")
-        text = self.method.name + (f"({', '.join(arguments)})" if arguments else "")
-        return text if self.stages == self.method.stages() else f"{text}@{','.join(self.stages)}"
 
 
 @dataclass(frozen=True)
@@ -131,6 +91,7 @@ class Recipe:
             RecipeError: it cannot be read, or an argument belongs to none of the methods.
 
         Example:
+            >>> from foveate.core import get_method
             >>> str(Recipe.of(["tome(r=8)", get_method("fastv")()]))
             'tome(r=8) + fastv'
         """
@@ -153,7 +114,7 @@ class Recipe:
             RecipeError: the text is malformed, or a method does not act at the stage.
             UnknownMethodError: no method has that name.
         """
-        return cls(tuple(_parse_term(term) for term in _split(text)))
+        return cls(tuple(parse_term(term) for term in split_terms(text)))
 
     def with_arguments(self, **arguments: Any) -> Recipe:
         """A copy with hyper-parameters set on every method that has them.
@@ -168,13 +129,13 @@ class Recipe:
         used: set[str] = set()
         steps = []
         for step in self.steps:
-            fields = _fields(type(step.method))
+            fields = fields_of(type(step.method))
             mine = {name: value for name, value in arguments.items() if name in fields}
             used |= set(mine)
             steps.append(Step(step.method.with_arguments(**mine), step.stages, step.budget))
         unknown = sorted(set(arguments) - used)
         if unknown:
-            known = sorted({f for step in self.steps for f in _fields(type(step.method))})
+            known = sorted({f for step in self.steps for f in fields_of(type(step.method))})
             raise RecipeError(
                 f"No method of this recipe has the argument {', '.join(unknown)}; "
                 f"they have: {', '.join(known) or 'none'}."
@@ -219,8 +180,8 @@ class Recipe:
             raise RecipeError(
                 'This is not a recipe document: it must look like {"steps": [{"method": "tome"}]}.'
             )
-        steps = tuple(_step_from_json(entry, document) for entry in entries)
-        _warn_unknown(document, ("foveate", "positions", "steps"), "recipe", document)
+        steps = tuple(step_from_json(entry, document) for entry in entries)
+        warn_unknown(document, ("foveate", "positions", "steps"), "recipe", document)
         return cls(steps, document.get("positions", "auto"))
 
     def save(self, path: str | Path) -> None:
@@ -317,102 +278,3 @@ def _steps(part: Any) -> tuple[Step, ...]:
     if isinstance(part, type) and issubclass(part, Method):
         raise RecipeError(f"{part.__name__} is a class; write {part.__name__}().")
     raise RecipeError(f"A recipe is made of methods and their names, got {part!r}.")
-
-
-def _fields(cls: type[Method]) -> list[str]:
-    """Hyper-parameters of a method."""
-    return [spec.name for spec in dataclasses.fields(cls) if spec.init]
-
-
-def _split(text: str) -> list[str]:
-    terms, depth, current, quote = [], 0, "", ""
-    for character in text:
-        if quote:
-            quote = "" if character == quote else quote
-        elif character in "'\"":
-            quote = character
-        else:
-            depth += (character in "([{") - (character in ")]}")
-        if character == "+" and depth == 0 and not quote:
-            terms.append(current)
-            current = ""
-        else:
-            current += character
-    return [*terms, current]
-
-
-def _parse_term(term: str) -> Step:
-    match = _TERM.match(term)
-    if match is None:
-        raise RecipeError(
-            f'Cannot read {term.strip()!r} in a recipe; write "name", "name(argument=value)", '
-            '"name@stage", joined by " + ".'
-        )
-    name, call, stages = match.groups()
-    arguments: dict[str, Any] = {}
-    if call:
-        try:
-            node = ast.parse(f"f{call}", mode="eval").body
-            if not isinstance(node, ast.Call) or node.args:
-                raise ValueError("no argument=value pairs")
-            names = Counter(keyword.arg for keyword in node.keywords)
-            if None in names or any(count > 1 for count in names.values()):
-                raise ValueError("an argument without name or twice")
-            arguments = {str(k.arg): ast.literal_eval(k.value) for k in node.keywords}
-        except (SyntaxError, ValueError) as error:
-            raise RecipeError(
-                f"Cannot read the arguments {call} of {name}; write argument=value pairs with "
-                "plain values."
-            ) from error
-    chosen = [part.strip() for part in stages.split(",")] if stages else None
-    return _make_step(name, chosen, arguments)
-
-
-def _step_from_json(entry: dict[str, Any], document: dict[str, Any]) -> Step:
-    name, arguments = entry["method"], entry.get("arguments") or {}
-    if not isinstance(arguments, dict):
-        raise RecipeError(f"The arguments of {name} must be an object, got {arguments!r}.")
-    _warn_unknown(entry, ("method", "stages", "arguments", "retain", "tokens"), name, document)
-    known = _fields(get_method(name))
-    _warn_unknown(arguments, known, name, document)
-    arguments = {key: value for key, value in arguments.items() if key in known}
-    arguments |= {key: entry[key] for key in ("retain", "tokens") if entry.get(key) is not None}
-    return _make_step(name, entry.get("stages"), arguments)
-
-
-def _warn_unknown(
-    entry: dict[str, Any], known: Iterable[str], what: str, document: dict[str, Any]
-) -> None:
-    unknown = sorted(set(entry) - set(known))
-    if unknown:
-        writer = document.get("foveate", "an unknown version")
-        warnings.warn(
-            f"This version does not know {', '.join(unknown)} of {what} and leaves it out; the "
-            f"recipe was written by foveate {writer}.",
-            stacklevel=4,
-        )
-
-
-def _make_step(name: str, stages: list[str] | None, arguments: dict[str, Any]) -> Step:
-    cls = get_method(name)
-    budget = None
-    if {"retain", "tokens"} & set(arguments):
-        budget = Budget(arguments.pop("retain", None), arguments.pop("tokens", None))
-    try:
-        method = cls(**_tuples(arguments))
-    except TypeError as error:
-        fields = ", ".join(_fields(cls)) or "none"
-        raise RecipeError(f"{name}: {error}. Its arguments: {fields}.") from error
-    unknown = [stage for stage in stages or () if stage not in STAGES]
-    if unknown:
-        raise RecipeError(f"Unknown stage {unknown[0]!r}; stages are {', '.join(STAGES)}.")
-    if stages is None:
-        return Step(method, cls.stages(), budget)
-    return Step(method, tuple(stage for stage in STAGES if stage in stages), budget)
-
-
-def _tuples(value: Any) -> Any:
-    # JSON has no tuples, and frozen methods must stay hashable.
-    if isinstance(value, dict):
-        return {key: _tuples(entry) for key, entry in value.items()}
-    return tuple(_tuples(entry) for entry in value) if isinstance(value, list) else value

@@ -1,5 +1,8 @@
 """How N tokens became M: one type for selecting, merging, transforming and synthesising tokens.
 
+Longer than most files here: the four forms of one value type answer the same questions, and apart
+they would have to know each other anyway.
+
 Legend: B batch, N source tokens, M target tokens, D channels.
 """
 
