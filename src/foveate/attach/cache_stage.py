@@ -57,8 +57,7 @@ def reduce_cache(call: DecoderCall, step: StepPlan, layer: int) -> None:
         call.report.stages.append(
             StageReport("cache", step.method.name, tuple(before), tuple(after), layer)
         )
-    spent = call.report.seconds.get("cache", 0.0)
-    call.report.seconds["cache"] = spent + time.perf_counter() - begin
+    call.report.spend("cache", time.perf_counter() - begin)
 
 
 def _ask(

@@ -187,8 +187,7 @@ class DecoderCall:
             self.report.stages.append(
                 StageReport("decoder", step.method.name, tuple(before), tuple(after), layer)
             )
-        spent = self.report.seconds.get("decoder", 0.0)
-        self.report.seconds["decoder"] = spent + time.perf_counter() - begin
+        self.report.spend("decoder", time.perf_counter() - begin)
         return hidden_BLD
 
     def _ask(

@@ -76,6 +76,7 @@ class LanguageStage(OfOneModel):
         self.adapter = adapter
         self.watch = watch
         self.settings = settings
+        self.text_model: Any = adapter.language_model(model)
         self.layers = adapter.layers(model)
         self.attentions = adapter.text_attentions(model)
         recipe = settings.recipe
@@ -94,7 +95,7 @@ class LanguageStage(OfOneModel):
 
     def install(self, handles: list[Any]) -> None:
         """Register all hooks, adding them to `handles`."""
-        base, text = self.adapter.base(self.model), self.adapter.language_model(self.model)
+        base, text = self.adapter.base(self.model), self.text_model
         register = handles.append
         if self.model is not base:
             register(self.model.register_forward_pre_hook(self._refuse_labels, with_kwargs=True))
@@ -141,8 +142,7 @@ class LanguageStage(OfOneModel):
             state.text_ids = ids
             return
         embeds = given["inputs_embeds"]
-        text: Any = self.adapter.language_model(self.model)
-        table = text.get_input_embeddings()
+        table = self.text_model.get_input_embeddings()
         state.placeholders = {
             name: (embeds == table(torch.tensor(token, device=embeds.device))).all(-1)
             for name, token in token_ids.items()
@@ -194,9 +194,7 @@ class LanguageStage(OfOneModel):
         use_cache = kwargs.get("use_cache")
         if cache is not None or (config.use_cache if use_cache is None else use_cache):
             cache = adopt(cache, config, len(self.layers), mask)
-        valid = None if mask is None else mask[:, -length:].bool()
-        if valid is not None and bool(valid.all()):
-            valid = None
+        valid = _valid(mask, length)
         positions = _positions(kwargs.get("position_ids"), embeds, cache)
         deepstack = _split_deepstack(
             kwargs.pop("visual_pos_masks", None), kwargs.pop("deepstack_visual_embeds", None)
@@ -256,12 +254,10 @@ class LanguageStage(OfOneModel):
         """A later step on a cache that was shortened."""
         cache, mask = kwargs["past_key_values"], kwargs.get("attention_mask")
         batch, length = embeds.shape[:2]
-        valid = None
-        if mask is not None and length > 1:
-            valid = mask[:, -length:].bool()
-            valid = None if bool(valid.all()) else valid
+        # A single new token is never padding, and asking would wait for the device at every step.
+        valid = _valid(mask, length) if length > 1 else None
         positions = _positions(kwargs.get("position_ids"), embeds, cache)
-        nothing = visual_rows([], [], [], [], embeds.device)
+        nothing = visual_rows([], [], embeds.device)
         sequence = Sequence(length, valid, [nothing] * batch)
         call = self._open_call(module.config, embeds, sequence, length, cache)
         return self._model_inputs(kwargs, call, embeds, positions)
@@ -279,7 +275,7 @@ class LanguageStage(OfOneModel):
             seed=self.settings.seed,
             num_layers=len(self.layers),
             mask_only=self.settings.mask_only,
-            rotary=getattr(self.adapter.language_model(self.model), "rotary_emb", None),
+            rotary=getattr(self.text_model, "rotary_emb", None),
         )
         return self.state.call
 
@@ -345,6 +341,12 @@ class LanguageStage(OfOneModel):
                 self.state.call.leave_attention(index, module)
 
         return hook
+
+
+def _valid(mask: torch.Tensor | None, length: int) -> torch.Tensor | None:
+    """Which of the last `length` columns are real, bool [B, L]; None when all are."""
+    valid_BL = None if mask is None else mask[:, -length:].bool()
+    return None if valid_BL is None or bool(valid_BL.all()) else valid_BL
 
 
 def _positions(position_ids: torch.Tensor | None, embeds: torch.Tensor, cache: Any) -> torch.Tensor:

@@ -8,7 +8,7 @@ Legend: B batch, L padded length, S tokens of a sample, R parked tokens, D chann
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 
 from foveate.attach.layer_attention import take_rows
 from foveate.attach.plan import StepPlan
-from foveate.attach.sequence import Sequence, VisualRows
+from foveate.attach.sequence import Sequence, VisualRows, right_aligned
 from foveate.core import StageReport
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def _splice(
             columns.append(parts)
             ids.append(old.ids[sample])
             mine = old.visual[sample]
-            visual.append(replace(mine, rows_N=torch.searchsorted(rows_S, mine.rows_N)))
+            visual.append(mine.at(torch.searchsorted(rows_S, mine.rows_N)))
             continue
         new_S, order = torch.cat([old.ids[sample], parked.ids_R]).sort()
         extra = [parked.hidden_RD, *parked.embeddings, parked.position_PR]
@@ -145,12 +145,8 @@ def _splice(
     call.position_PBL = torch.stack(
         [pad(p[3], (length - n, 0)) for p, n in zip(columns, counts, strict=True)], dim=1
     )
-    valid_BL = None
-    if any(n != length for n in counts):
-        first_B = torch.tensor([length - n for n in counts], device=device)
-        valid_BL = torch.arange(length, device=device)[None] >= first_B[:, None]
-    visual = [v.shifted(length - n) for v, n in zip(visual, counts, strict=True)]
-    call.sequence = Sequence(length, valid_BL, visual, ids)
+    visual = [v.at(v.rows_N + length - n) for v, n in zip(visual, counts, strict=True)]
+    call.sequence = Sequence(length, right_aligned(counts, length, device), visual, ids)
     return hidden
 
 

@@ -16,7 +16,6 @@ from foveate.attach.features import FeatureRecord
 from foveate.attach.sequence import (
     Layout,
     Sequence,
-    Splice,
     VisualItem,
     VisualRows,
     compact_positions,
@@ -148,8 +147,8 @@ class PromptReducer:
 
     def reduce_item(
         self, item: VisualItem, number: int, x_1ND: torch.Tensor, text: Callable[[str], Any]
-    ) -> Reduction | None:
-        """The composed reduction of one item, None when nothing acts on it."""
+    ) -> Tokens:
+        """One item after all steps; its `reduction` is None when nothing acted on it."""
         tokens = Tokens.from_grid(x_1ND, item.grid)
         for step, method in self.steps:
             budget = self.budget(step, item.sample)
@@ -178,7 +177,7 @@ class PromptReducer:
             if reduction.mask_BM is not None:
                 reduction = reduction.sample(0)
             tokens = tokens.reduce(reduction.to(x_1ND.device))
-        return tokens.reduction
+        return tokens
 
     def __call__(
         self,
@@ -203,9 +202,8 @@ class PromptReducer:
             all_rows = [valid_BL[sample].nonzero()[:, 0] for sample in range(batch)]
         plans = [self._plan(b, all_rows[b], items[b], embeds_BLD, deepstack) for b in range(batch)]
         self._note_stages(items)
-        spent = self.report.seconds.get("projector", 0.0)
         if all(plan.unchanged for plan in plans):
-            self.report.seconds["projector"] = spent + time.perf_counter() - begin
+            self.report.spend("projector", time.perf_counter() - begin)
             visual = [_in_place(plan.visual, items[b]) for b, plan in enumerate(plans)]
             ids = [torch.arange(rows.shape[0], device=device) for rows in all_rows]
             return embeds_BLD, Sequence(length, valid_BL, visual, ids), position_PBL, None
@@ -218,8 +216,7 @@ class PromptReducer:
             if plan.new_features is not None:
                 # A gather copies whole columns; merged and new features then replace them.
                 out_BLD[sample, plan.new_columns + offset] = plan.new_features
-            rows_N = plan.visual.rows_N + offset
-            visual.append(plan.visual.take(torch.arange(plan.visual.num, device=device), rows_N))
+            visual.append(plan.visual.at(plan.visual.rows_N + offset))
         shift_B = None
         if self.compact:
             position_PBL, shift_B = compact_positions(position_PBL, valid_BL, layout)
@@ -229,7 +226,7 @@ class PromptReducer:
             out_BLD = out_BLD.masked_fill(~new_valid_BL[..., None], 0.0)
             position_PBL = position_PBL.where(new_valid_BL[None], 0)
         ids = [torch.arange(plan.source_S.shape[0], device=device) for plan in plans]
-        self.report.seconds["projector"] = spent + time.perf_counter() - begin
+        self.report.spend("projector", time.perf_counter() - begin)
         return out_BLD, Sequence(layout.length, new_valid_BL, visual, ids), position_PBL, shift_B
 
     def _plan(
@@ -246,55 +243,42 @@ class PromptReducer:
             is_item_L[item.rows_N] = True
         text_S = rows_S[~is_item_L[rows_S]]
         text = self._text_reader(sample, text_S, embeds_BLD)
-        splice = Splice([text_S], [text_S])
-        features: list[torch.Tensor] = []
-        outs: list[tuple[torch.Tensor, ...]] = []
+        columns, keys = [text_S], [text_S]
+        outs: list[Tokens] = []
         level_parts: list[list[torch.Tensor]] = [[] for _ in deepstack]
         unchanged, offset = True, 0
         for number, item in enumerate(items):
             x_1ND = embeds_BLD[sample : sample + 1, item.rows_N]
-            reduction = self.reduce_item(item, number, x_1ND, text)
-            size = item.grid.num_tokens
+            tokens = self.reduce_item(item, number, x_1ND, text)
+            outs.append(tokens)
+            reduction, size = tokens.reduction, item.grid.num_tokens
             for level, parts in zip(deepstack, level_parts, strict=True):
                 part = level[sample][offset : offset + size]
                 parts.append(part if reduction is None else reduction.apply(part[None])[0])
             offset += size
-            positions, kinds = item.grid.positions(device), item.grid.kinds(device)
             if reduction is None:
-                splice.columns.append(item.rows_N)
-                splice.keys.append(item.rows_N)
-                features.append(x_1ND[0])
-                outs.append((torch.arange(size, device=device), positions, kinds))
+                columns.append(item.rows_N)
+                keys.append(item.rows_N)
                 continue
             unchanged = False
             item.report.reduction = reduction
-            anchor_rows, keys = reduce_item_rows(item.rows_N, reduction)
-            splice.columns.append(anchor_rows)
-            splice.keys.append(keys)
-            tokens = Tokens.from_grid(x_1ND, item.grid).reduce(reduction)
-            assert tokens.position_BN3 is not None and tokens.kind_BN is not None
-            features.append(tokens.x_BND[0].to(embeds_BLD.dtype))
-            index_M = torch.arange(reduction.num_out, device=device)
-            outs.append((index_M, tokens.position_BN3[0], tokens.kind_BN[0]))
-        order = splice.order()
-        source_S = torch.cat(splice.columns)[order]
+            anchor_rows, sort_keys = reduce_item_rows(item.rows_N, reduction)
+            columns.append(anchor_rows)
+            keys.append(sort_keys)
+        order = torch.cat(keys).argsort(stable=True)
+        source_S = torch.cat(columns)[order]
         # Where each output of each item has landed among the sample's new columns.
         landed = torch.empty_like(order)
         landed[order] = torch.arange(order.shape[0], device=device)
-        rows, start = [], text_S.shape[0]
-        for out in outs:
-            rows.append(landed[start : start + out[0].shape[0]])
-            start += out[0].shape[0]
+        rows = list(landed[text_S.shape[0] :].split([tokens.num_tokens for tokens in outs]))
         for level, parts in zip(deepstack, level_parts, strict=True):
             if parts:
                 # Deepstack features follow their tokens' order in the sequence.
                 level[sample] = torch.cat(parts)[torch.cat(rows).argsort()]
-        visual = visual_rows(
-            rows, [o[0] for o in outs], [o[1] for o in outs], [o[2] for o in outs], device
-        )
+        features = [tokens.x_BND[0].to(embeds_BLD.dtype) for tokens in outs]
         return _SamplePlan(
             source_S,
-            visual,
+            visual_rows(rows, outs, device),
             torch.cat(rows) if rows else text_S[:0],
             torch.cat(features) if features else None,
             unchanged,
@@ -335,5 +319,4 @@ def _in_place(visual: VisualRows, items: list[VisualItem]) -> VisualRows:
     """The same tokens at the columns of the incoming prompt, padding included."""
     if not items:
         return visual
-    rows_N = torch.cat([item.rows_N for item in items]).sort().values
-    return visual.take(torch.arange(visual.num, device=rows_N.device), rows_N)
+    return visual.at(torch.cat([item.rows_N for item in items]).sort().values)

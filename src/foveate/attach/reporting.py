@@ -43,8 +43,7 @@ def note_encoder(report: Report, recipe: Recipe, runs: Iterable[EncoderRun]) -> 
         images = run.num_images
         entry = StageReport("encoder", names, (run.num_tokens,) * images, (left,) * images)
         report.stages.insert(0, entry)
-        spent = report.seconds.get("encoder", 0.0)
-        report.seconds["encoder"] = spent + run.seconds
+        report.spend("encoder", run.seconds)
 
 
 class CostModel:

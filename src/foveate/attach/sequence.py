@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from foveate.core import Grid, ItemReport, Modality, Reduction
+from foveate.core import Grid, ItemReport, Modality, Reduction, Tokens
 
 
 @dataclass(eq=False)
@@ -59,9 +59,9 @@ class VisualRows:
     def num(self) -> int:
         return self.rows_N.shape[0]
 
-    def shifted(self, by: int) -> VisualRows:
-        """The same tokens `by` columns to the right."""
-        return replace(self, rows_N=self.rows_N + by)
+    def at(self, rows_N: torch.Tensor) -> VisualRows:
+        """The same tokens at other rows."""
+        return replace(self, rows_N=rows_N)
 
     def take(self, index_M: torch.Tensor, rows_M: torch.Tensor) -> VisualRows:
         """The tokens `index_M`, now at `rows_M`."""
@@ -108,10 +108,6 @@ class Layout:
     def __post_init__(self) -> None:
         self.length = max(source.shape[0] for source in self.sources)
 
-    @property
-    def is_ragged(self) -> bool:
-        return any(source.shape[0] != self.length for source in self.sources)
-
     def index_BL(self) -> torch.Tensor:
         """Source column of every new column, int64 [B, L']; padding reads column 0."""
         padded = [
@@ -122,12 +118,16 @@ class Layout:
 
     def valid_BL(self) -> torch.Tensor | None:
         """bool [B, L'], None without padding."""
-        if not self.is_ragged:
-            return None
-        device = self.sources[0].device
-        counts_B = torch.tensor([source.shape[0] for source in self.sources], device=device)
-        columns_L = torch.arange(self.length, device=device)
-        return columns_L[None] >= (self.length - counts_B)[:, None]
+        counts = [source.shape[0] for source in self.sources]
+        return right_aligned(counts, self.length, self.sources[0].device)
+
+
+def right_aligned(counts: list[int], length: int, device: torch.device) -> torch.Tensor | None:
+    """Validity bool [B, L] of rows that end at the last column; None when none is padded."""
+    if all(count == length for count in counts):
+        return None
+    first_B = torch.tensor([length - count for count in counts], device=device)
+    return torch.arange(length, device=device)[None] >= first_B[:, None]
 
 
 def gather_columns(x: torch.Tensor, index_BL: torch.Tensor, dim: int) -> torch.Tensor:
@@ -145,17 +145,6 @@ def gather_columns(x: torch.Tensor, index_BL: torch.Tensor, dim: int) -> torch.T
     target = list(x.shape)
     target[dim] = index_BL.shape[1]
     return x.gather(dim, index_BL.reshape(shape).expand(target))
-
-
-@dataclass(eq=False)
-class Splice:
-    """A sample's new order: columns that stay and outputs of reduced items, by sort key."""
-
-    columns: list[torch.Tensor]
-    keys: list[torch.Tensor]
-
-    def order(self) -> torch.Tensor:
-        return torch.cat(self.keys).argsort(stable=True)
 
 
 def run_starts(rows_N: torch.Tensor) -> torch.Tensor:
@@ -214,23 +203,21 @@ def compact_positions(
     return new, old_counts_B - counts_B
 
 
-def visual_rows(
-    rows: list[torch.Tensor],
-    targets: list[torch.Tensor],
-    positions: list[torch.Tensor],
-    kinds: list[torch.Tensor],
-    device: torch.device,
-) -> VisualRows:
-    """One sample's visual tokens from the rows, targets, positions and kinds of its items."""
+def visual_rows(rows: list[torch.Tensor], outs: list[Tokens], device: torch.device) -> VisualRows:
+    """One sample's visual tokens: what every item became (B = 1), and the rows it stands at."""
     if not rows:
         empty = torch.empty(0, dtype=torch.long, device=device)
         return VisualRows(empty, empty, empty, empty.new_empty(0, 3), empty)
-    item = torch.cat([torch.full_like(r, i) for i, r in enumerate(rows)])
     rows_N, order = torch.cat(rows).sort()
+    positions, kinds = [], []
+    for tokens in outs:
+        assert tokens.position_BN3 is not None and tokens.kind_BN is not None
+        positions.append(tokens.position_BN3[0])
+        kinds.append(tokens.kind_BN[0])
     return VisualRows(
         rows_N,
-        item[order],
-        torch.cat(targets)[order],
+        torch.cat([torch.full_like(r, i) for i, r in enumerate(rows)])[order],
+        torch.cat([torch.arange(r.shape[0], device=device) for r in rows])[order],
         torch.cat(positions)[order],
         torch.cat(kinds)[order],
     )

@@ -103,6 +103,10 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
+    def spend(self, stage: str, seconds: float) -> None:
+        """Add to the time that the methods of a stage have taken."""
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+
     @property
     def visual_before(self) -> int:
         """Visual tokens of the call before any reduction after the encoder."""

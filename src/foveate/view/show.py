@@ -215,7 +215,8 @@ def _reduce(
         text_ids=None,
     )
     visual = VisualItem(0, modality, grid, order_N, signals, item)
-    reduction = reducer.reduce_item(visual, 0, x_TPC.flatten(0, 1)[None], lambda name: None)
+    x_1ND = x_TPC.flatten(0, 1)[None]
+    reduction = reducer.reduce_item(visual, 0, x_1ND, lambda name: None).reduction
     item.reduction = None if reduction is None else reduction.to("cpu")
     names = " + ".join(recipe.steps[i].method.name for i in at_projector)
     report.stages.append(StageReport("projector", names, (item.before,), (item.after,)))
