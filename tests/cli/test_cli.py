@@ -111,6 +111,11 @@ def test_the_options_are_frozen() -> None:
             *("--model", "--out", "--recipe", "--retain", "--tokens"),
             *("-m", "-o", "-r", "question", "video"),
         ],
+        "bench": [
+            *("--batch", "--clips", "--device", "--dtype", "--frames", "--json"),
+            *("--max-new-tokens", "--model", "--out", "--recipes", "--repeats", "--retain"),
+            *("--seed", "--suite", "--tasks", "-m", "-o", "-r"),
+        ],
     }
 
 

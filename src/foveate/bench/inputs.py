@@ -1,0 +1,203 @@
+"""From questions to padded batches of model inputs, the same ones for every cell.
+
+Legend: B samples of a batch, L padded prompt length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foveate.bench.matching import offer
+from foveate.bench.suite import Item, Suite
+from foveate.errors import FoveateError
+from foveate.models.registry import adapter_for
+from foveate.view.answer import sample_frames
+from foveate.view.processors import prepare
+from foveate.view.sources import open_clip
+
+#: Pixels kept from one cell to the next, in bytes.
+CACHE_BYTES = 2 << 30
+_NOT_FOR_MODELS = ("batch_num_images",)
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """A question ready for the model, without its pixels.
+
+    Attributes:
+        item: the question.
+        sequences: int64 [1, L] tensors by name: ids, mask, token kinds.
+        visual_shapes: name -> shape of everything else; equal ones share a batch.
+        visual_tokens: placeholders in the prompt, that is tokens before any reduction.
+    """
+
+    item: Item
+    sequences: Mapping[str, Tensor]
+    visual_shapes: tuple[tuple[str, tuple[int, ...]], ...]
+    visual_tokens: int
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt, text included."""
+        return int(self.sequences["input_ids"].shape[1])
+
+
+class Prompts:
+    """All questions of a suite as model inputs.
+
+    Every clip is decoded once; its preprocessed pixels stay in memory while they fit into
+    `cache_bytes`, and those of the clips beyond it are made anew in every cell (an eviction rule
+    would help nothing: every cell goes over the clips in the same order). Clips that do not decode
+    are added to `suite.errors` and left out.
+
+    Args:
+        model: the model, for its device, dtype and placeholder tokens.
+        processor: its processor.
+        suite: the questions.
+        frames: frames taken evenly from every clip, at most all.
+        cache_bytes: most memory for pixels.
+        progress: called with (clips done, questions so far).
+
+    Attributes:
+        prompts: the questions, those of one clip next to each other.
+        damaged: what was lost of clips that decode in part, one line each.
+
+    Raises:
+        FoveateError: the model takes no such input.
+        ValueError: no question is left, or two have the same id.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        processor: Any,
+        suite: Suite,
+        frames: int,
+        *,
+        cache_bytes: int = CACHE_BYTES,
+        progress: Callable[[int, int], None] = lambda clips, items: None,
+    ) -> None:
+        self.processor, self.frames, self.cache_bytes = processor, frames, cache_bytes
+        parameter = next(model.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
+        self.lettered = suite.lettered
+        self.placeholders = list(adapter_for(model).placeholder_ids(model).values())
+        self.pad = _pad_token(processor.tokenizer)
+        self.prompts: list[Prompt] = []
+        self.damaged: list[str] = []
+        self._kept: dict[str, dict[str, Tensor]] = {}
+        self._bytes = 0
+        for number, items in enumerate(_by_clip(suite), 1):
+            self._read_clip(items, suite)
+            progress(number, len(self.prompts))
+        if not self.prompts:
+            problems = "; ".join(suite.errors[:5]) or "the suite is empty"
+            raise ValueError(f"no question of {suite.name} can be asked: {problems}.")
+
+    def _read_clip(self, items: Sequence[Item], suite: Suite) -> None:
+        try:
+            taken = sample_frames(open_clip(items[0].video), self.frames)
+        except (FoveateError, OSError) as error:
+            suite.errors += [f"{item.where or item.id}: {error}" for item in items]
+            return
+        if taken.damage:
+            self.damaged.append(f"{items[0].clip_id}: {taken.damage.reason}")
+        for position, item in enumerate(items):
+            sequences, visual = self._split(taken, item)
+            self.prompts.append(self._prompt(item, sequences, visual))
+            if position == 0:
+                self._keep(item.clip_id, visual)
+
+    def _split(self, taken: Any, item: Item) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        text = offer(item.question, item.options) if self.lettered and item.options else None
+        found = prepare(self.processor, taken, text or item.question, is_image=len(taken) == 1)
+        inputs = {
+            name: value
+            for name, value in found.items()
+            if isinstance(value, Tensor) and name not in _NOT_FOR_MODELS
+        }
+        shape = inputs["input_ids"].shape
+        sequences = {name: value for name, value in inputs.items() if value.shape == shape}
+        sequences.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
+        visual = {
+            name: value.to(self.dtype) if value.is_floating_point() else value
+            for name, value in inputs.items()
+            if name not in sequences
+        }
+        return sequences, visual
+
+    def _prompt(
+        self, item: Item, sequences: dict[str, Tensor], visual: dict[str, Tensor]
+    ) -> Prompt:
+        ids = sequences["input_ids"]
+        tokens = int(torch.isin(ids, torch.tensor(self.placeholders)).sum())
+        shapes = tuple(sorted((name, tuple(value.shape)) for name, value in visual.items()))
+        return Prompt(item, sequences, shapes, tokens)
+
+    def _keep(self, clip_id: str, visual: dict[str, Tensor]) -> None:
+        size = sum(value.nbytes for value in visual.values())
+        if self._bytes + size <= self.cache_bytes:
+            self._kept[clip_id] = visual
+            self._bytes += size
+
+    def _visual(self, item: Item) -> dict[str, Tensor]:
+        kept = self._kept.get(item.clip_id)
+        if kept is not None:
+            return kept
+        taken = sample_frames(open_clip(item.video), self.frames)
+        return self._split(taken, item)[1]
+
+    def batches(self, size: int) -> list[list[Prompt]]:
+        """Prompts in batches of at most `size`, equal shapes and near lengths together."""
+        groups: dict[Any, list[Prompt]] = {}
+        for prompt in self.prompts:
+            groups.setdefault(prompt.visual_shapes, []).append(prompt)
+        found = []
+        for group in groups.values():
+            found += [group[start : start + size] for start in range(0, len(group), size)]
+        return found
+
+    def collate(self, batch: Sequence[Prompt]) -> dict[str, Tensor]:
+        """Model inputs on the model's device, prompts padded on the left."""
+        longest = max(prompt.length for prompt in batch)
+        inputs: dict[str, Tensor] = {}
+        for name in batch[0].sequences:
+            fill = self.pad if name == "input_ids" else 0
+            rows = [prompt.sequences[name] for prompt in batch]
+            inputs[name] = torch.cat(
+                [nn.functional.pad(row, (longest - row.shape[1], 0), value=fill) for row in rows]
+            ).to(self.device)
+        # Questions about one clip follow each other, so it is read once even when it is not kept.
+        visuals: dict[str, dict[str, Tensor]] = {}
+        for prompt in batch:
+            if prompt.item.clip_id not in visuals:
+                visuals[prompt.item.clip_id] = self._visual(prompt.item)
+        for name, _ in batch[0].visual_shapes:
+            parts = [visuals[prompt.item.clip_id][name] for prompt in batch]
+            inputs[name] = torch.cat(parts).to(self.device)
+        return inputs
+
+
+def _by_clip(suite: Iterable[Item]) -> Iterator[list[Item]]:
+    """The items of every clip together, clips in the order of their first question."""
+    clips: dict[str, list[Item]] = {}
+    taken: set[str] = set()
+    for item in suite:
+        if item.id in taken:
+            raise ValueError(f"two questions have the id {item.id!r}.")
+        taken.add(item.id)
+        clips.setdefault(item.clip_id, []).append(item)
+    return iter(clips.values())
+
+
+def _pad_token(tokenizer: Any) -> int:
+    """Any token will do, since padding is masked; a named one keeps decoded text clean."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return token
+    return 0

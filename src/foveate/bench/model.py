@@ -1,0 +1,86 @@
+"""The model that a run is about: loaded by name, and told apart from others."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from foveate.view.answer import load_model
+
+#: The name of the model that ships with the package.
+EMBEDDED = "embedded"
+_SAMPLES = 64
+
+
+def open_model(
+    name: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> tuple[nn.Module, Any]:
+    """A model and its processor.
+
+    Args:
+        name: "embedded" for the model that ships with the package, a folder, or a hub id.
+        device: where to put it.
+        dtype: of its weights; None: float32 on CPU, bfloat16 elsewhere.
+
+    Raises:
+        UnknownModelError: it cannot be loaded, or no adapter knows the family.
+        ValueError: this installation has no embedded model.
+    """
+    return load_model(
+        embedded_folder() if str(name) == EMBEDDED else name, device=device, dtype=dtype
+    )
+
+
+def embedded_folder() -> Path:
+    """Where the embedded model's files are.
+
+    Raises:
+        ValueError: this installation has none.
+    """
+    spec = find_spec("foveate")
+    assert spec is not None and spec.origin is not None
+    folder = Path(spec.origin).parent / "weights" / "embedded"
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            "this installation has no embedded model; name a checkpoint's folder or hub id."
+        )
+    return folder
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A name for a model's weights: equal weights give equal names, on every device.
+
+    Reads up to 64 numbers of every tensor, so that large models cost no time.
+
+    Example:
+        >>> fingerprint(nn.Linear(2, 2)) == fingerprint(nn.Linear(2, 2))
+        False
+    """
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        flat = tensor.detach().flatten()
+        step = max(1, -(-flat.numel() // _SAMPLES))
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(flat[::step].double().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def describe_hardware(device: torch.device) -> str:
+    """The machine in words: the GPU's name, or the processor's and its threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next(
+            (x.partition(":")[2].strip() for x in lines if x.startswith("model name")), name
+        )
+    except OSError:
+        pass
+    return f"{name}, {torch.get_num_threads()} threads"

@@ -1,0 +1,303 @@
+"""`run_bench`: every recipe at every budget on one model and one suite."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from foveate import __version__
+from foveate.attach import Attachment, reduce
+from foveate.bench.generation import Generator, Tally, UntouchedCosts
+from foveate.bench.inputs import CACHE_BYTES, Prompt, Prompts
+from foveate.bench.matching import is_correct
+from foveate.bench.measure import measure_times, peak_memory
+from foveate.bench.model import describe_hardware, fingerprint, open_model
+from foveate.bench.plan import PlannedCell, plan_cells
+from foveate.bench.store import RunFolder, cell_key
+from foveate.bench.suite import Suite
+from foveate.bench.summary import BenchResult, read_result
+from foveate.core import Recipe
+
+#: Questions that are timed, each about another clip.
+TIMED = 2
+#: Called with what is being done, steps done and steps in all.
+Progress = Callable[[str, int, int], None]
+
+
+def run_bench(
+    model: nn.Module | str | Path,
+    recipes: str | Iterable[str | Recipe],
+    retain: float | Iterable[float],
+    suite: Suite,
+    *,
+    out: str | Path,
+    processor: Any = None,
+    model_id: str | None = None,
+    frames: int = 16,
+    batch: int = 8,
+    max_new_tokens: int = 16,
+    repeats: int = 5,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    baselines: bool = True,
+    cache_bytes: int = CACHE_BYTES,
+    progress: Progress = lambda what, done, total: None,
+    on_cell: Callable[[Mapping[str, Any]], None] = lambda cell: None,
+) -> BenchResult:
+    """Measure accuracy, tokens, FLOPs, time and memory of recipes against the untouched model.
+
+    Results go to a folder as they are ready; a run that was stopped goes on where it was, and more
+    recipes or budgets may be added to it later. A recipe that cannot act on the model becomes a
+    cell with an error, and the run goes on.
+
+    Args:
+        model: "embedded", a folder, a hub id, or a loaded model (then with `processor`).
+        recipes: as in `foveate.reduce`; a text may name several between commas; "all" is every
+            registered method.
+        retain: fractions of visual tokens kept, in (0, 1].
+        suite: the questions: `WorldSuite`, `FolderSuite`, or your own `Suite`.
+        out: folder of the results.
+        processor: of a loaded model.
+        model_id: name of a loaded model in the results.
+        frames: frames taken evenly from every clip, at most all.
+        batch: questions answered together; halved where a GPU's memory is too small.
+        max_new_tokens: longest answer, in tokens.
+        repeats: turns of the time measurement; 0 leaves time out.
+        seed: for methods that draw at random.
+        device, dtype: of a model given by name; as in `open_model`.
+        baselines: always add random, uniform and pool.
+        cache_bytes: most memory for preprocessed clips, see `Prompts`.
+        progress: told what is being done.
+        on_cell: called with every cell's line once it is written.
+
+    Returns:
+        The figures of all cells in the folder.
+
+    Raises:
+        UnknownMethodError: a recipe names no method; nothing has been loaded by then.
+        ValueError: a value is out of range, no question can be asked, or `out` holds something
+            else or a different run.
+
+    Example:
+        >>> from foveate.bench import FolderSuite, run_bench
+        >>> suite = FolderSuite("clips/")                                   # doctest: +SKIP
+        >>> result = run_bench("embedded", "holitom", [0.1, 0.5], suite, out="report")
+        ...                                                                 # doctest: +SKIP
+        >>> print(result)                                                   # doctest: +SKIP
+    """
+    for name, value in (("frames", frames), ("batch", batch), ("max_new_tokens", max_new_tokens)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+    cells = plan_cells(recipes, retain, baselines)
+    folder = RunFolder(out)
+    if isinstance(model, nn.Module):
+        if processor is None:
+            raise ValueError("a loaded model needs its processor; open_model gives both.")
+        name, loaded = model_id or type(model).__name__, model
+    else:
+        progress("load the model", 0, 1)
+        loaded, processor = open_model(model, device, dtype)
+        name = model_id or str(model)
+    prompts = Prompts(
+        loaded,
+        processor,
+        suite,
+        frames,
+        cache_bytes=cache_bytes,
+        progress=lambda clips, items: progress(f"read the clips ({clips})", 0, 1),
+    )
+    settings = {"frames": frames, "seed": seed, "max_new_tokens": max_new_tokens}
+    run = {**_identity(loaded, name, suite, prompts), **settings, "batch": batch}
+    with folder:
+        finished = {cell_key(cell) for cell in folder.start(run)}
+        left = [cell for cell in cells if cell.key not in finished]
+        runner = Runner(loaded, prompts, batch, max_new_tokens, repeats, seed, progress)
+        try:
+            for number, cell in enumerate(left):
+                progress(f"{cell.name} at {cell.retain:g}", number, len(left))
+                line, answers = runner.run(cell, (number, len(left)))
+                folder.finish(line, answers)
+                on_cell(line)
+        finally:
+            # What is there after Ctrl-C is worth a page, too.
+            _write_report(folder.path)
+    return read_result(folder.path)
+
+
+class Runner:
+    """Runs cells of one run.
+
+    Args:
+        model: without an attachment.
+        prompts: the questions.
+        batch, max_new_tokens, repeats, seed, progress: as in `run_bench`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        prompts: Prompts,
+        batch: int,
+        max_new_tokens: int,
+        repeats: int,
+        seed: int,
+        progress: Progress,
+    ) -> None:
+        self.model, self.prompts, self.seed = model, prompts, seed
+        self.repeats, self.progress = repeats, progress
+        self.batches = prompts.batches(batch)
+        self.generator = Generator(model, prompts, max_new_tokens)
+        self.costs = UntouchedCosts(self.generator)
+        self._timed: list[dict[str, torch.Tensor]] | None = None
+
+    def run(
+        self, cell: PlannedCell, place: tuple[int, int] = (0, 1)
+    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """The cell's line and its answers; a recipe that fails gives a line with an error.
+
+        Raises:
+            Exception: whatever the untouched model fails with: nothing could be compared to it.
+        """
+        named = {"recipe": cell.name, "retain": cell.retain}
+        try:
+            return self._run(cell, named, place)
+        except Exception as error:
+            if cell.recipe is None:
+                raise
+            # Whatever a method fails with must not end a run of hours; the line says what it was.
+            text = " ".join(str(error).split())
+            return {
+                **named,
+                "items": 0,
+                "correct": 0,
+                "error": f"{type(error).__name__}: {text}",
+            }, []
+
+    def _attach(self, cell: PlannedCell) -> AbstractContextManager[Attachment | None]:
+        if cell.recipe is None:
+            return nullcontext()
+        return reduce(self.model, cell.recipe, retain=cell.retain, seed=self.seed)
+
+    def _run(
+        self, cell: PlannedCell, named: dict[str, Any], place: tuple[int, int]
+    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        begin = time.perf_counter()
+        tally, rows = Tally(self.costs), []
+        number, total = place
+        for done, batch in enumerate(self.batches):
+            # A new attachment per batch costs milliseconds and cannot carry anything over.
+            with self._attach(cell) as run:
+                replies = self.generator.answer(batch, run, tally)
+            rows += [self._row(named, *pair) for pair in zip(batch, replies, strict=True)]
+            steps = len(self.batches)
+            what = f"{cell.name} at {cell.retain:g}"
+            self.progress(what, number * steps + done + 1, total * steps)
+        seconds = time.perf_counter() - begin
+        tasks: dict[str, list[int]] = {}
+        for row in rows:
+            right, asked = tasks.get(row["task"], (0, 0))
+            tasks[row["task"]] = [right + row["correct"], asked + 1]
+        line = {
+            **named,
+            "seconds": seconds,
+            "items": len(rows),
+            "correct": sum(row["correct"] for row in rows),
+            "tasks": tasks,
+            **tally.means(),
+            **self._measure(cell),
+            "error": None,
+        }
+        return line, rows
+
+    def _row(self, named: dict[str, Any], prompt: Prompt, reply: str) -> dict[str, Any]:
+        item = prompt.item
+        lettered = self.prompts.lettered and bool(item.options)
+        return {
+            **named,
+            "id": item.id,
+            "clip": item.clip_id,
+            "task": item.task,
+            "answer": item.answer,
+            "predicted": reply,
+            "correct": is_correct(reply, item.answer, item.options, lettered),
+        }
+
+    def _measure(self, cell: PlannedCell) -> dict[str, Any]:
+        timed = self._timed_inputs()
+        times = measure_times(
+            self.generator,
+            timed,
+            None if cell.recipe is None else lambda: self._attach(cell),
+            nullcontext,
+            self.repeats,
+        )
+        with self._attach(cell):
+            memory = peak_memory(self.model, lambda: self.generator.generate(timed[0], 1))
+        return {**times, "peak_memory": memory}
+
+    def _timed_inputs(self) -> list[dict[str, torch.Tensor]]:
+        """The first questions about the first clips, one by one."""
+        if self._timed is None:
+            first: dict[str, Prompt] = {}
+            for prompt in self.prompts.prompts:
+                first.setdefault(prompt.item.clip_id, prompt)
+            chosen = list(first.values())[:TIMED]
+            self._timed = [self.prompts.collate([prompt]) for prompt in chosen]
+        return self._timed
+
+
+def _identity(model: nn.Module, name: str, suite: Suite, prompts: Prompts) -> dict[str, Any]:
+    """What was run, on what."""
+    import transformers
+
+    tasks: dict[str, int] = {}
+    for prompt in prompts.prompts:
+        tasks[prompt.item.task] = tasks.get(prompt.item.task, 0) + 1
+    return {
+        "model": type(model).__name__,
+        "model_id": name,
+        "weights": fingerprint(model),
+        "suite": suite.name,
+        "suite_args": suite.args,
+        "items": len(prompts.prompts),
+        "clips": len({prompt.item.clip_id for prompt in prompts.prompts}),
+        "questions": _digest(prompts),
+        "tasks": tasks,
+        "skipped": list(suite.errors),
+        "damaged": list(prompts.damaged),
+        "device": prompts.device.type,
+        "dtype": str(prompts.dtype).removeprefix("torch."),
+        "hardware": describe_hardware(prompts.device),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "foveate": __version__,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+
+
+def _digest(prompts: Prompts) -> str:
+    """A name for the questions; files count by their size, not by where they lie."""
+    digest = hashlib.sha256()
+    for prompt in prompts.prompts:
+        item = prompt.item
+        size = item.video.stat().st_size if isinstance(item.video, Path) else item.video.nbytes
+        fields = [item.id, item.clip_id, item.question, item.options, item.answer, item.task, size]
+        digest.update(json.dumps(fields).encode())
+    return digest.hexdigest()[:16]
+
+
+def _write_report(folder: Path) -> None:
+    importlib.import_module("foveate.bench.report").write_report(folder)

@@ -1,0 +1,178 @@
+"""The `bench` command: checks its options, shows progress and prints the table."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.markup import escape
+from rich.table import Table
+
+from foveate.bench.plan import parse_budgets, plan_cells
+from foveate.bench.runner import run_bench
+from foveate.bench.suite import open_suite
+from foveate.bench.summary import BenchResult, CellResult, signed
+from foveate.cli.output import err, out, print_json, progress
+from foveate.view.charts import duration
+
+_DTYPES = {
+    "auto": None,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Benching:
+    """The options of one call, checked and run."""
+
+    model: str
+    recipes: str
+    retain: str
+    suite: str
+    tasks: str | None
+    clips: int | None
+    frames: int
+    batch: int
+    repeats: int
+    max_new_tokens: int
+    seed: int
+    device: str
+    dtype: str
+    output: Path
+    as_json: bool
+
+    def run(self) -> None:
+        """Measure every cell that the folder lacks, then print all of them.
+
+        Raises:
+            ValueError: an option is out of range.
+        """
+        if self.dtype not in _DTYPES:
+            raise ValueError(f"unknown dtype {self.dtype!r}; choose one of {', '.join(_DTYPES)}.")
+        budgets = parse_budgets(self.retain)
+        plan_cells(self.recipes, budgets)  # a misspelt recipe is found before anything is read
+        tasks = (
+            None if self.tasks is None else [t.strip() for t in self.tasks.split(",") if t.strip()]
+        )
+        suite = open_suite(
+            self.suite, tasks=tasks, clips=self.clips, frames=self.frames, seed=self.seed
+        )
+        with self._told() as (tell, on_cell):
+            result = run_bench(
+                self.model,
+                self.recipes,
+                budgets,
+                suite,
+                out=self.output,
+                frames=self.frames,
+                batch=self.batch,
+                max_new_tokens=self.max_new_tokens,
+                repeats=self.repeats,
+                seed=self.seed,
+                device=self.device,
+                dtype=_DTYPES[self.dtype],
+                progress=tell,
+                on_cell=on_cell,
+            )
+        if self.as_json:
+            print_json(result.as_dict())
+        else:
+            _print(result)
+
+    @contextmanager
+    def _told(self) -> Iterator[tuple[Callable[..., None], Callable[..., None]]]:
+        """A bar and a line per cell on standard error; what to do after an interruption."""
+
+        def on_cell(line: Mapping[str, Any]) -> None:
+            if not self.as_json:
+                err().print(_cell_line(line))
+
+        try:
+            with progress(not self.as_json) as tell:
+                yield tell, on_cell
+        except KeyboardInterrupt:
+            print(
+                f"stopped; {self.output} holds what is finished, and the same command goes on there",
+                file=sys.stderr,
+            )
+            raise
+
+
+def _cell_line(line: Mapping[str, Any]) -> str:
+    name = f"{escape(line['recipe'])} at {line['retain']:g}"
+    if line["error"]:
+        return f"[yellow]{name}: {escape(line['error'])}[/]"
+    share = line["correct"] / line["items"]
+    return f"[dim]{name}: {share:.1%} of {line['items']} in {duration(line['seconds'])}[/]"
+
+
+def _print(result: BenchResult) -> None:
+    console, run = out(), result.run
+    console.print(
+        f"[bold]{escape(run['model_id'])}[/] on {escape(run['suite'])}: {run['items']} questions "
+        f"about {run['clips']} clips, {run['frames']} frames, {run['dtype']}, "
+        f"{escape(run['hardware'])}\n"
+    )
+    console.print(_table(result))
+    console.print(
+        "\n[dim]accuracy in %, with 95 % intervals over clips; difference in points, on the same "
+        "questions[/]"
+    )
+    for what, label in (("skipped", "skipped"), ("damaged", "decoded in part")):
+        lines = run[what]
+        if not lines:
+            continue
+        console.print(f"\n[yellow]{label}: {len(lines)}[/]")
+        for line in lines[:_SHOWN]:
+            console.print(f"[dim]  {escape(line)}[/]")
+        if len(lines) > _SHOWN:
+            console.print(f"[dim]  and {len(lines) - _SHOWN} more, see run.json[/]")
+    page = result.folder / "report.html"
+    console.print(f"\nwrote [bold]{escape(str(page))}[/]: open it in a browser")
+
+
+def _table(result: BenchResult) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    table.add_column("recipe", style="bold")
+    for name in (
+        "retain",
+        "accuracy",
+        "to untouched",
+        "tokens",
+        "FLOPs",
+        "first token",
+        "tokens/s",
+    ):
+        table.add_column(name, justify="right", no_wrap=True)
+    last = None
+    for cell in result.ranking():
+        if last is not None and cell.retain != last.retain:
+            table.add_section()
+        last = cell
+        table.add_row(escape(cell.recipe), f"{cell.retain:g}", *_figures(cell))
+    return table
+
+
+def _figures(cell: CellResult) -> list[str]:
+    if cell.accuracy is None:
+        return ["[yellow]failed[/]", "", "", "", "", ""]
+    value, low, high = (100 * part for part in cell.accuracy.as_list())
+    flops, first = cell.figures["flops"], cell.figures["first_token"]
+    speed = cell.figures["decode_tokens_per_second"]
+    share = flops["reduced"] / flops["untouched"] if flops["untouched"] else None
+    return [
+        f"{value:.1f} [{low:.1f}, {high:.1f}]".replace("[", r"\["),
+        "" if cell.difference is None else signed(cell.difference).replace("[", r"\["),
+        f"{cell.figures['visual_after']:.0f}",
+        "" if share is None else f"{share:.1%}",
+        "" if first is None else duration(first["median"]),
+        "" if speed is None else f"{speed:.1f}",
+    ]
