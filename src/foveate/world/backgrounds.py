@@ -76,9 +76,7 @@ def textured(draw: Draw, height: int, width: int) -> np.ndarray:
     return np.clip(mixed * 255, 0, BRIGHTEST).astype(np.uint8)
 
 
-def natural(
-    draw: Draw, height: int, width: int, pictures: Sequence[np.ndarray]
-) -> np.ndarray:
+def natural(draw: Draw, height: int, width: int, pictures: Sequence[np.ndarray]) -> np.ndarray:
     """A crop of one of these pictures (uint8 [h, w, C]), possibly mirrored: uint8 [H, W, C].
 
     Its saturation is lowered, so that the names of colours stay with the sprites.

@@ -2,16 +2,20 @@
 
 Roles, and what they are built to keep from leaking:
 
-* ``still`` stays in one region all the time (where); ``herd`` are small copies of one shape (count).
-* ``mover`` and ``rest`` share one distribution of positions, seen in a frame drawn at random: a single
-  frame tells neither the direction nor whether a thing moves.
-* ``visit`` comes and goes within 3/16 to 5/16 of the clip: which visitor came first, and when, cannot
-  be read off a single frame; ``needle`` is there for one or two frames.
-* ``late`` appears for good, ``gone`` disappears for good (change); ``sign`` carries text (reading);
-  ``speck`` is a distractor that no question names.
+* ``still`` stays in one region all the time (where); ``herd`` are small copies of one shape
+  (count).
+* ``mover`` and ``rest`` share one distribution of positions, seen in a frame drawn at random: a
+  single frame tells neither the direction nor whether a thing moves.
+* ``visit`` comes and goes within 3/16 to 5/16 of the clip: which visitor came first, and when,
+  cannot be read off a single frame; ``needle`` is there for one or two frames.
+* ``late`` appears for good, ``gone`` disappears for good (change); ``sign`` carries text
+  (reading); ``speck`` is a distractor that no question names.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
 
 from foveate.world.draw import Draw
 from foveate.world.scene import Point, Role, Scene, Shot, Sprite
@@ -54,9 +58,9 @@ class _Cast:
         self.colors = draw.shuffled(COLORS)
         self.places = draw.shuffled((row, column) for row in range(3) for column in range(3))
 
-    def add(self, role: Role, **facts: object) -> None:
+    def add(self, role: Role, **facts: Any) -> None:
         """Append a sprite with the next id."""
-        values: dict[str, object] = {
+        values: dict[str, Any] = {
             "id": len(self.sprites) + 1,
             "kind": "shape",
             "role": role,
@@ -66,21 +70,19 @@ class _Cast:
         }
         values.update(facts)
         values.setdefault("end", values["start"])
-        self.sprites.append(Sprite(**values))  # pyright: ignore[reportArgumentType]
-        self.taken.append((values["start"], values["radius"]))  # pyright: ignore[reportArgumentType]
+        self.sprites.append(Sprite(**values))
+        self.taken.append((values["start"], values["radius"]))
 
-    def look(self, color: str) -> dict[str, object]:
+    def look(self, color: str) -> dict[str, Any]:
         """A colour's exact value, a texture and a size."""
         draw = self.draw
-        rgb = tuple(
-            max(0, min(247, level + draw.integer(-10, 10))) for level in COLORS[color]
-        )
+        rgb = tuple(max(0, min(247, level + draw.integer(-10, 10))) for level in COLORS[color])
         size = draw.choice(SIZES)
         radius = draw.uniform(0.09, 0.105) if size == "small" else draw.uniform(0.125, 0.145)
         texture = draw.weighted({name: 5.0 if name == "plain" else 1.0 for name in TEXTURES})
         return {"rgb": rgb, "color": color, "texture": texture, "size": size, "radius": radius}
 
-    def place(self) -> dict[str, object]:
+    def place(self) -> dict[str, Any]:
         """A region nobody else has yet, or a free spot when all are taken."""
         row, column = self.places.pop() if self.places else (1, 1)
         start = tuple(
@@ -117,7 +119,7 @@ class _Cast:
             facts["first"], facts["last"] = self.window(1, 2)
         self.add(role, **facts)
 
-    def _path(self, *, moving: bool) -> dict[str, object]:
+    def _path(self, *, moving: bool) -> dict[str, Any]:
         """A way through the middle of the frame; a resting thing stands at a moment of such a way.
 
         Seen at a moment drawn at random, both coordinates have the same distribution whatever the
@@ -148,7 +150,7 @@ class _Cast:
         is_word = draw.chance(0.4)
         facts = self.place()
         radius = draw.uniform(0.085, 0.095) if is_word else draw.uniform(0.105, 0.12)
-        x, y = facts["start"]  # pyright: ignore[reportGeneralTypeIssues]
+        x, y = facts["start"]
         # The whole plate stays inside the frame: its half width is that of the text.
         reach = radius * (2.8 if is_word else 1.0)
         facts["start"] = (min(max(x, reach), 1 - reach), y)
@@ -180,10 +182,7 @@ class _Cast:
     def _room(self, spot: Point) -> float:
         """Free space around a spot, fraction of the frame."""
         return min(
-            (
-                max(abs(spot[0] - x), abs(spot[1] - y)) - radius
-                for (x, y), radius in self.taken
-            ),
+            (max(abs(spot[0] - x), abs(spot[1] - y)) - radius for (x, y), radius in self.taken),
             default=1.0,
         )
 
@@ -214,7 +213,7 @@ def _shots(draw: Draw, name: str, frames: int, natural: float) -> tuple[Shot, ..
                 cuts.append(cut)
     edges = [0, *sorted(cuts), frames]
     shots = []
-    for number, (first, after) in enumerate(zip(edges, edges[1:], strict=False)):
+    for number, (first, after) in enumerate(pairwise(edges)):
         kind = "natural" if draw.chance(natural) else "textured"
         camera = draw.weighted({"still": 5.0, "pan": 3.0, "zoom": 2.0})
         pan: tuple[Point, Point] = ((0.5, 0.5), (0.5, 0.5))

@@ -53,7 +53,7 @@ class Draw:
             point -= weight
             if point < 0:
                 return thing
-        return thing
+        return list(weights)[-1]  # Rounding may leave nothing over.
 
     def shuffled(self, things: Iterable[Thing]) -> list[Thing]:
         """All of these in random order."""

@@ -1,8 +1,8 @@
 """Questions with short closed answers, read off a scene.
 
-Every question is decided by the scene alone and asked only where the answer is beyond doubt; how the
-answers stay balanced, and why neither the words nor a single frame give them away, is a property of
-the sampling in `foveate.world.cast`.
+Every question is decided by the scene alone and asked only where the answer is beyond doubt; how
+the answers stay balanced, and why neither the words nor a single frame give them away, is a
+property of the sampling in `foveate.world.cast`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from foveate.world.draw import Draw
-from foveate.world.scene import Scene, Sprite
+from foveate.world.scene import Role, Scene, Sprite
 from foveate.world.vocabulary import (
     COLORS,
     COUNTS,
@@ -50,7 +50,7 @@ class Question:
 
 
 _ALL_REGIONS = tuple(region for row in REGIONS for region in row)
-_SOLO = ("still", "rest", "mover", "late", "gone", "visit", "needle")
+_SOLO: tuple[Role, ...] = ("still", "rest", "mover", "late", "gone", "visit", "needle")
 #: Edges of early, middle and late as fractions of the clip: equally wide, with gaps between.
 _THIRDS = {"early": (0.0, 0.30), "middle": (0.395, 0.605), "late": (0.70, 1.0)}
 #: Frames between the beginnings of two visits that can be told apart, fraction of the clip.

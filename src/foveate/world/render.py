@@ -13,7 +13,7 @@ from PIL import Image
 
 from foveate.world.backgrounds import BRIGHTEST, natural, natural_pictures, textured
 from foveate.world.draw import Draw
-from foveate.world.glyphs import GLYPH_HEIGHT, GLYPH_WIDTH, text_alpha
+from foveate.world.glyphs import GLYPH_HEIGHT, text_alpha
 from foveate.world.scene import Scene, Shot, Sprite
 from foveate.world.shapes import shape_alpha, texture_shade
 
@@ -32,8 +32,8 @@ def render(
         frames: numbers of the frames to draw, ascending; None: all.
 
     Returns:
-        pixels uint8 [T, H, W, C] and masks uint8 [T, H, W]: the id of the sprite that covers a pixel
-        by half or more, the topmost where several do; 0 where the background shows.
+        pixels uint8 [T, H, W, C] and masks uint8 [T, H, W]: the id of the sprite that covers a
+        pixel by half or more, the topmost where several do; 0 where the background shows.
 
     Complexity: O(T H W) for the background, O(area) per sprite and frame.
 
@@ -119,14 +119,6 @@ def _plate(text: str, height: int, rgb: np.ndarray) -> tuple[np.ndarray, np.ndar
     ink = np.pad(alpha, margin)[..., None]
     colors = (rgb * (255 - ink) + _INK * ink) // 255
     return colors.astype(np.uint16), np.full(ink.shape[:2], 256, dtype=np.uint16)
-
-
-def plate_size(text: str, height: int) -> tuple[int, int]:
-    """Height and width in pixels of the plate of a text drawn `height` pixels high."""
-    margin = max(1, round(height / 9))
-    inner = max(GLYPH_HEIGHT - 2, height - 2 * margin)
-    dots = (GLYPH_WIDTH + 1) * len(text) - 1
-    return inner + 2 * margin, max(1, round(dots * inner / GLYPH_HEIGHT)) + 2 * margin
 
 
 def _draw_sprite(
