@@ -11,11 +11,11 @@ from torch import nn
 
 from foveate.attach import Attachment, reduce
 from foveate.bench.inputs import Prompt, Prompts
+from foveate.bench.model import language_adapter
 from foveate.core import Report
 from foveate.core.flops import prefill_flops
 from foveate.errors import FoveateError
 from foveate.models.dims import text_dims
-from foveate.models.registry import adapter_for
 
 #: A budget that removes nothing from any prompt, yet makes the attachment count.
 _EVERYTHING = 1 << 31
@@ -84,7 +84,7 @@ class UntouchedCosts:
     def __init__(self, generator: Generator) -> None:
         self._generator = generator
         self._parts: dict[Any, float | None] = {}
-        self.num_layers = len(adapter_for(generator.model).layers(generator.model))
+        self.num_layers = len(language_adapter(generator.model).layers(generator.model))
         try:
             self._text = text_dims(generator.model)
         except ValueError:  # the dimensions of an unusual configuration cannot be read

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from foveate.bench.matching import offer
+from foveate.bench.model import language_adapter
 from foveate.bench.suite import Item, Suite
 from foveate.errors import FoveateError
-from foveate.models.registry import adapter_for
 from foveate.view.answer import sample_frames
 from foveate.view.processors import prepare
 from foveate.view.sources import open_clip
@@ -86,7 +86,7 @@ class Prompts:
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         self.lettered = suite.lettered
-        self.placeholders = list(adapter_for(model).placeholder_ids(model).values())
+        self.placeholders = list(language_adapter(model).placeholder_ids(model).values())
         self.pad = _pad_token(processor.tokenizer)
         self.prompts: list[Prompt] = []
         self.damaged: list[str] = []

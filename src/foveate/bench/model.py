@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from foveate.errors import UnknownModelError
+from foveate.models.adapter import Adapter
+from foveate.models.registry import adapter_for
 from foveate.view.answer import load_model
 
 #: The name of the model that ships with the package.
@@ -51,6 +54,18 @@ def embedded_folder() -> Path:
             "this installation has no embedded model; name a checkpoint's folder or hub id."
         )
     return folder
+
+
+def language_adapter(model: nn.Module) -> Adapter:
+    """The adapter of a model that answers questions.
+
+    Raises:
+        UnknownModelError: no adapter knows it, or it is a vision encoder alone.
+    """
+    adapter = adapter_for(model)
+    if not isinstance(adapter, Adapter):
+        raise UnknownModelError(f"{type(model).__name__} is an encoder, which cannot answer.")
+    return adapter
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -18,14 +18,15 @@ _SHOWN = 5
 def read_questions(path: Path) -> tuple[Path, list[dict[str, Any]], list[str]]:
     """The file, the fields of its items, and what was wrong with the other lines.
 
-    Empty lines are passed over. Text is UTF-8 with or without a byte order mark, or UTF-16 with one;
-    lines may end in CRLF.
+    Empty lines are passed over. Text is UTF-8 with or without a byte order mark, or UTF-16 with
+    one; lines may end in CRLF.
 
     Args:
         path: a .jsonl file, or a folder that holds questions.jsonl or exactly one .jsonl file.
 
     Returns:
-        The file read; one dictionary of `Item` fields per good line; "file:line: reason" per bad one.
+        The file read; one dictionary of `Item` fields per good line; "file:line: reason" per bad
+        line.
 
     Raises:
         ValueError: there is no such file, or it holds no usable line.

@@ -99,7 +99,7 @@ class RunFolder:
     def start(self, run: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Begin the run, or go on with it; gives the cells that are finished.
 
-        What a kill cut off is repaired: a last line that is not whole, answers of an unfinished cell.
+        What a kill cut off is repaired: a last line that is not whole, answers without a cell.
 
         Args:
             run: the content of run.json.

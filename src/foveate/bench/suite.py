@@ -108,7 +108,7 @@ class WorldSuite(Suite):
 
         if clips < 1:
             raise ValueError(f"clips must be at least 1, got {clips}.")
-        chosen = _checked_tasks(tasks, TASKS)
+        chosen = _checked_tasks(tasks, tuple(TASKS))
         self.clips = clips
         self._world: dict[str, Any] = {"seed": seed, "split": split, "frames": frames}
         if size is not None:
@@ -138,7 +138,7 @@ class WorldSuite(Suite):
 
 
 class FolderSuite(Suite):
-    """A user's questions: JSON lines of {"video", "question", "options"?, "answer", "task"?, "id"?}.
+    """A user's questions: one {"video", "question", "options"?, "answer", "task"?, "id"?} per line.
 
     Options are offered with letters. Lines that cannot be used are listed in `errors` with file and
     line, and left out.

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
+from foveate.cli.bench_options import bench_command
+from foveate.cli.options import Device, Json, Recipe_, Retain, Tokens, checked_device
 from foveate.cli.output import (
     command,
     err,
@@ -31,27 +33,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-Recipe_ = Annotated[
-    str,
-    typer.Option(
-        "--recipe",
-        "-r",
-        help='Methods to apply: "holitom", "tome(retain=0.6)@encoder + holitom", or a recipe.json.',
-    ),
-]
-Retain = Annotated[
-    float | None,
-    typer.Option("--retain", help="Fraction of visual tokens kept, in (0, 1].", show_default=False),
-]
-Tokens = Annotated[
-    int | None,
-    typer.Option("--tokens", help="Absolute number of tokens kept instead.", show_default=False),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
-Device = Annotated[
-    str, typer.Option("--device", help='Where to run: "auto", "cpu", "cuda", "cuda:1", "mps".')
-]
 
 
 def run(arguments: list[str]) -> int:
@@ -188,7 +169,7 @@ def show_command(
             frames=frames,
             size=size,
             pool=pool,
-            device=_device(device),
+            device=checked_device(device),
             seed=seed,
             progress=tell,
         )
@@ -263,7 +244,7 @@ def ask_command(
         budget={"retain": retain, "tokens": tokens},
         frames=frames,
         max_new_tokens=max_new_tokens,
-        device=_device(device),
+        device=checked_device(device),
         dtype=dtype,
         compare=compare,
         output=output,
@@ -271,87 +252,7 @@ def ask_command(
     ).run()
 
 
-@app.command("bench")
-@command
-@quiet()
-def bench_command(
-    recipes: Annotated[
-        str,
-        typer.Option(
-            "--recipes",
-            "-r",
-            help='Recipes between commas: "holitom,divprune,tome@encoder + holitom"; "all": every '
-            "method. random, uniform and pool always run, too.",
-        ),
-    ],
-    retain: Annotated[
-        str, typer.Option("--retain", help="Fractions of visual tokens kept, between commas.")
-    ] = "0.05,0.1,0.2,0.5",
-    model: Annotated[
-        str,
-        typer.Option(
-            "--model", "-m", help='"embedded", or folder or hub id of a vision-language model.'
-        ),
-    ] = "embedded",
-    suite: Annotated[
-        str,
-        typer.Option(
-            "--suite",
-            help='"world": generated clips; or a folder or .jsonl file of your own questions.',
-        ),
-    ] = "world",
-    tasks: Annotated[
-        str | None,
-        typer.Option("--tasks", help="Only these tasks, between commas.", show_default=False),
-    ] = None,
-    clips: Annotated[
-        int | None,
-        typer.Option(
-            "--clips",
-            help="Clips; default: 100 of the world, all of a folder.",
-            min=1,
-            show_default=False,
-        ),
-    ] = None,
-    frames: Annotated[int, typer.Option("--frames", help="Frames, taken evenly.", min=1)] = 16,
-    batch: Annotated[int, typer.Option("--batch", help="Questions answered together.", min=1)] = 8,
-    repeats: Annotated[
-        int, typer.Option("--repeats", help="Turns of the time measurement; 0: none.", min=0)
-    ] = 5,
-    max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", help="Longest answer, in tokens.", min=1)
-    ] = 16,
-    seed: Annotated[int, typer.Option("--seed", help="Of the world and of random draws.")] = 0,
-    device: Device = "auto",
-    dtype: Annotated[
-        str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")
-    ] = "auto",
-    output: Annotated[
-        Path,
-        typer.Option("--out", "-o", help="Folder of the results; a stopped run goes on there."),
-    ] = Path("report"),
-    as_json: Json = False,
-) -> None:
-    """Measure accuracy against budget: recipes, baselines and the untouched model."""
-    from foveate.cli.benching import Benching
-
-    Benching(
-        model=model,
-        recipes=recipes,
-        retain=retain,
-        suite=suite,
-        tasks=tasks,
-        clips=clips,
-        frames=frames,
-        batch=batch,
-        repeats=repeats,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-        device=_device(device),
-        dtype=dtype,
-        output=output,
-        as_json=as_json,
-    ).run()
+app.command("bench")(bench_command)
 
 
 def _chosen(video: Path | None, sample: str | None) -> Any:
@@ -362,23 +263,6 @@ def _chosen(video: Path | None, sample: str | None) -> Any:
     from foveate.video import sample_clip
 
     return sample_clip(sample)
-
-
-def _device(name: str) -> str:
-    """The device to run on, checked.
-
-    Raises:
-        ValueError: there is no such device here.
-    """
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"the device {name!r} cannot be used here: {error}") from error
-    return name
 
 
 def _size(path: Path) -> str:

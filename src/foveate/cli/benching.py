@@ -100,7 +100,7 @@ class Benching:
                 yield tell, on_cell
         except KeyboardInterrupt:
             print(
-                f"stopped; {self.output} holds what is finished, and the same command goes on there",
+                f"stopped; {self.output} holds what is finished, the same command goes on there",
                 file=sys.stderr,
             )
             raise
