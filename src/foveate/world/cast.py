@@ -14,6 +14,7 @@ Roles, and what they are built to keep from leaking:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -254,7 +255,9 @@ def sample_scene(name: str, frames: int, *, natural: float = 0.0, noise: int = 3
     cast = _Cast(draw, frames)
     # Visits come in pairs often enough to ask which came first.
     if draw.chance(0.35):
-        roles: list[Role] = ["visit", "visit", *([draw.weighted(_SOLO_ROLES)] * draw.integer(0, 1))]
+        roles: Sequence[Role] = ["visit", "visit"]
+        # Zero or one more; the role is drawn either way.
+        roles = [*roles, *([draw.weighted(_SOLO_ROLES)] * draw.integer(0, 1))]
     else:
         roles = [draw.weighted(_SOLO_ROLES) for _ in range(draw.integer(2, 4))]
     for role in roles:

@@ -50,7 +50,8 @@ class Question:
 
 
 _ALL_REGIONS = tuple(region for row in REGIONS for region in row)
-_SOLO: tuple[Role, ...] = ("still", "rest", "mover", "late", "gone", "visit", "needle")
+#: Whose color and shape are asked for; there is too little of a needle to ask.
+_LASTING: tuple[Role, ...] = ("still", "rest", "mover", "late", "gone", "visit")
 #: Edges of early, middle and late as fractions of the clip: equally wide, with gaps between.
 _THIRDS = {"early": (0.0, 0.30), "middle": (0.395, 0.605), "late": (0.70, 1.0)}
 #: Frames between the beginnings of two visits that can be told apart, fraction of the clip.
@@ -74,7 +75,7 @@ def _name(draw: Draw, sprite: Sprite) -> str:
 
 
 def _what(scene: Scene, draw: Draw) -> Iterator[Question]:
-    for sprite in scene.having(*(role for role in _SOLO if role != "needle")):
+    for sprite in scene.having(*_LASTING):
         about = (sprite.id,)
         text = f"what color is the {sprite.shape}?"
         yield Question("what", text, sprite.color, tuple(COLORS), about)
