@@ -14,7 +14,6 @@ Roles, and what they are built to keep from leaking:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -204,6 +203,10 @@ class _Cast:
         )
 
 
+def _solo_role(draw: Draw) -> Role:
+    return draw.weighted(_SOLO_ROLES)
+
+
 def _shots(draw: Draw, name: str, frames: int, natural: float) -> tuple[Shot, ...]:
     """Cuts and camera movement: most shots stand still, some pan, some zoom."""
     cuts: list[int] = []
@@ -255,11 +258,10 @@ def sample_scene(name: str, frames: int, *, natural: float = 0.0, noise: int = 3
     cast = _Cast(draw, frames)
     # Visits come in pairs often enough to ask which came first.
     if draw.chance(0.35):
-        roles: Sequence[Role] = ["visit", "visit"]
-        # Zero or one more; the role is drawn either way.
-        roles = [*roles, *([draw.weighted(_SOLO_ROLES)] * draw.integer(0, 1))]
+        # The third one's role is drawn whether there is one or not.
+        roles: list[Role] = ["visit", "visit", *([_solo_role(draw)] * draw.integer(0, 1))]
     else:
-        roles = [draw.weighted(_SOLO_ROLES) for _ in range(draw.integer(2, 4))]
+        roles = [_solo_role(draw) for _ in range(draw.integer(2, 4))]
     for role in roles:
         cast.solo(role)
     if draw.chance(0.35):
