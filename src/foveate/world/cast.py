@@ -259,7 +259,8 @@ def sample_scene(name: str, frames: int, *, natural: float = 0.0, noise: int = 3
     # Visits come in pairs often enough to ask which came first.
     if draw.chance(0.35):
         # The third one's role is drawn whether there is one or not.
-        roles: list[Role] = ["visit", "visit", *([_solo_role(draw)] * draw.integer(0, 1))]
+        third: list[Role] = [_solo_role(draw)] * draw.integer(0, 1)
+        roles: list[Role] = ["visit", "visit", *third]
     else:
         roles = [_solo_role(draw) for _ in range(draw.integer(2, 4))]
     for role in roles:
