@@ -141,7 +141,8 @@ class Settings:
             if name in given:
                 given[name] = _whole(name, given[name])
         made = cls(**given)
-        if made.recipe is None and not made.budget.is_full:
+        budget = made.budget  # checks the values, before weights are read
+        if made.recipe is None and not budget.is_full:
             raise ValueError("A budget needs a recipe: add recipe=NAME, or leave the budget out.")
         return made
 
