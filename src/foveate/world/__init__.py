@@ -10,17 +10,21 @@ Example:
 """
 
 from foveate.world.cast import sample_scene
+from foveate.world.policies import POLICIES, Policy, policies_of
 from foveate.world.questions import Question, questions_of
 from foveate.world.render import render
 from foveate.world.scene import Scene, Shot, Sprite
-from foveate.world.truth import Truth
+from foveate.world.truth import CLASSES, Truth
 from foveate.world.vocabulary import TASKS, TEMPORAL_TASKS
 from foveate.world.world import SPLITS, Sample, World
 
 __all__ = [
+    "CLASSES",
+    "POLICIES",
     "SPLITS",
     "TASKS",
     "TEMPORAL_TASKS",
+    "Policy",
     "Question",
     "Sample",
     "Scene",
@@ -28,6 +32,7 @@ __all__ = [
     "Sprite",
     "Truth",
     "World",
+    "policies_of",
     "questions_of",
     "render",
     "sample_scene",

@@ -42,6 +42,8 @@ _SOLO_ROLES: dict[Role, float] = {
     "gone": 0.09,
     "visit": 0.2,
 }
+#: How many clips have a needle, fraction.
+NEEDLE_CHANCE = 0.35
 #: Frames of a visit as fractions of the clip.
 _VISIT = (3 / 16, 5 / 16)
 
@@ -265,7 +267,7 @@ def sample_scene(name: str, frames: int, *, natural: float = 0.0, noise: int = 3
         roles = [_solo_role(draw) for _ in range(draw.integer(2, 4))]
     for role in roles:
         cast.solo(role)
-    if draw.chance(0.35):
+    if draw.chance(NEEDLE_CHANCE):
         cast.solo("needle")
     if draw.chance(0.45):
         cast.sign()

@@ -67,6 +67,11 @@ def time_of(sprite: Sprite, frames: int) -> str:
     return ""
 
 
+def order_is_clear(one: Sprite, other: Sprite, frames: int) -> bool:
+    """Whether two visits begin far enough apart to say which comes first."""
+    return abs(one.first - other.first) >= _ORDER_GAP * frames
+
+
 def _name(draw: Draw, sprite: Sprite) -> str:
     """The star, the red star or the red object: all of them unique."""
     return draw.choice(
@@ -106,7 +111,7 @@ def _order(scene: Scene, draw: Draw) -> Iterator[Question]:
     visits = scene.having("visit")
     for place, one in enumerate(visits):
         for other in visits[place + 1 :]:
-            if abs(one.first - other.first) < _ORDER_GAP * scene.frames:
+            if not order_is_clear(one, other, scene.frames):
                 continue
             left, right = draw.shuffled((one, other))
             answer = min(one, other, key=lambda sprite: sprite.first).shape

@@ -11,6 +11,10 @@ from functools import cached_property
 import numpy as np
 
 from foveate.world.scene import Scene
+from foveate.world.vocabulary import SHAPES
+
+#: Semantic classes by number: background, the shapes in their order, signs, specks.
+CLASSES: tuple[str, ...] = ("background", *SHAPES, "sign", "speck")
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +38,13 @@ class Truth:
     def cuts(self) -> tuple[int, ...]:
         """Frames at which a new shot begins, the first frame excepted."""
         return self.scene.cuts
+
+    @cached_property
+    def classes_THW(self) -> np.ndarray:
+        """Number in `CLASSES` of what is seen at each pixel: uint8 [T, H, W]; O(T H W)."""
+        names = (sprite.shape or sprite.kind for sprite in self.scene.sprites)
+        table = np.array([0, *(CLASSES.index(name) for name in names)], dtype=np.uint8)
+        return table[self.masks_THW]
 
     @cached_property
     def areas_TK(self) -> np.ndarray:
@@ -77,6 +88,16 @@ class Truth:
                 centers[frame, slot] = sprite.center(frame, frames)
         return centers
 
+    def trajectory(self, identity: int) -> np.ndarray:
+        """The way of one sprite, by its id: float64 [T, 2] as in `centers_TK2`.
+
+        Raises:
+            ValueError: no sprite has this id.
+        """
+        if identity not in self.ids:
+            raise ValueError(f"sprites have ids 1 to {len(self.ids)}, got {identity}.")
+        return self.centers_TK2[:, identity - 1]
+
     @cached_property
     def present_TK(self) -> np.ndarray:
         """Whether each sprite is in the scene, hidden or not: bool [T, K]."""
@@ -89,6 +110,27 @@ class Truth:
         return np.array(
             [shot.view(frame) for shot in shots for frame in range(shot.first, shot.last + 1)]
         )
+
+    @cached_property
+    def windows_T4(self) -> np.ndarray:
+        """What the camera sees of its shot's canvas: float64 [T, 4], fractions of the canvas.
+
+        As left, top, right, bottom. With the canvas `room` times as large as a frame, the
+        background shifts against the motion of the window, by whole pixels while it pans.
+        """
+        rooms_T = np.array([self.scene.shots[number].room for number in self.shot_T])
+        share_T1 = (1 / (rooms_T * self.camera_T3[:, 2]))[:, None]
+        corner_T2 = self.camera_T3[:, :2] * (1 - share_T1)
+        return np.concatenate([corner_T2, corner_T2 + share_T1], axis=1)
+
+    @cached_property
+    def static_T(self) -> np.ndarray:
+        """Whether the background is that of the frame before, up to noise: bool [T]."""
+        same_T = np.zeros(self.scene.frames, dtype=bool)
+        shots_T = self.shot_T
+        still = np.array([shot.still for shot in self.scene.shots])
+        same_T[1:] = (shots_T[1:] == shots_T[:-1]) & still[shots_T[1:]]
+        return same_T
 
     @cached_property
     def shot_T(self) -> np.ndarray:

@@ -14,6 +14,7 @@ import numpy as np
 
 from foveate.world.captions import caption_of
 from foveate.world.cast import sample_scene
+from foveate.world.policies import Policy, policies_of
 from foveate.world.questions import Question, questions_of
 from foveate.world.render import render
 from foveate.world.scene import Scene
@@ -70,6 +71,11 @@ class Sample:
     def caption(self) -> str:
         """What the clip shows, in words."""
         return caption_of(self.scene)
+
+    @cached_property
+    def policies(self) -> tuple[Policy, ...]:
+        """Guardrail rules with the verdict on this clip, one of each kind at most."""
+        return policies_of(self.scene)
 
 
 class World:
