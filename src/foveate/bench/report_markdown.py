@@ -1,0 +1,132 @@
+"""The results as GitHub tables, for documentation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from foveate.bench import report_text as text
+from foveate.bench.cells import Cell
+from foveate.bench.report_tables import nearest, ratio
+from foveate.bench.results import BASELINES, Results, Standing
+from foveate.bench.store import UNTOUCHED
+
+
+def render_markdown(results: Results) -> str:
+    """Accuracy at every budget, accuracy by task at one, failures, and how it was measured."""
+    shown = nearest(results.budgets, 0.1)
+    parts = []
+    if shown is not None:
+        parts.append(_overall(results, shown))
+        parts.append(_by_task(results, shown))
+    for name, where, why in results.failures:
+        at = ", ".join(map(text.budget, where))
+        parts.append(f"`{_cell(name)}` could not run at {at}: {_cell(why)}")
+    if results.missing:
+        parts.append(f"Unfinished: {text.plural(len(results.missing), 'cell')} to come.")
+    parts.append(_provenance(results))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _overall(results: Results, shown: float) -> str:
+    at = text.budget(shown)
+    heads = ["recipe", *map(text.budget, results.budgets)]
+    heads += [f"FLOPs at {at}", f"first token at {at}", f"below at {at}"]
+    best = {b: results.at(b)[0].share_correct for b in results.budgets if results.at(b)}
+    below = {row.cell.recipe: _below(row) for row in results.standings(shown)}
+    rows = []
+    if results.untouched is not None:
+        # The same at every budget, so that each column can be read on its own.
+        figures = [_accuracy(results, results.untouched, None)] * len(results.budgets)
+        times = ratio(results.untouched, results.untouched)
+        rows.append([UNTOUCHED, *figures, "100.0 %", times, ""])
+    for name in _order(results, shown):
+        cells = {cell.retain: cell for cell in results.of(name)}
+        figures = [_accuracy(results, cells.get(b), best.get(b)) for b in results.budgets]
+        cell = cells.get(shown)
+        share = cell.flops_fraction if cell else None
+        spent = text.DASH if share is None else f"{text.percent(share)} %"
+        times = ratio(cell, results.untouched) if cell else text.DASH
+        rows.append([_name(name), *figures, spent, times, below.get(name, "")])
+    return (
+        "Accuracy in %, ± half the 95 % interval, by fraction of visual tokens kept; the best of "
+        "each column is bold, baselines are italic. Time to the first token is in multiples of the "
+        f"untouched model's. The last column names baselines with a higher accuracy at {at}, in "
+        "brackets where the 95 % interval of the paired difference includes zero.\n\n"
+        + _table(heads, rows)
+    )
+
+
+def _below(row: Standing) -> str:
+    return ", ".join(name if sure else f"({name})" for name, sure in row.below)
+
+
+def _by_task(results: Results, shown: float) -> str:
+    if not results.tasks:
+        return ""
+    rows = []
+    if results.untouched is not None:
+        rows.append([UNTOUCHED, *_tasks(results, results.untouched)])
+    for name in _order(results, shown):
+        cell = next((c for c in results.of(name) if c.retain == shown), None)
+        if cell is not None:
+            rows.append([_name(name), *_tasks(results, cell)])
+    return f"Accuracy in % by task, {text.budget(shown)} of the visual tokens kept.\n\n" + _table(
+        ["recipe", *results.tasks], rows
+    )
+
+
+def _order(results: Results, shown: float) -> list[str]:
+    """Recipes by accuracy at one budget; those without a result there come last."""
+    first = [cell.recipe for cell in results.at(shown)]
+    return first + [name for name in results.recipes if name not in first]
+
+
+def _accuracy(results: Results, cell: Cell | None, best: float | None) -> str:
+    if cell is None:
+        return text.DASH
+    figure = results.accuracy(cell)
+    value = text.percent(figure.value)
+    if cell.share_correct == best:
+        value = f"**{value}**"
+    return value if figure.half is None else f"{value} ± {text.percent(figure.half)}"
+
+
+def _tasks(results: Results, cell: Cell) -> list[str]:
+    return [text.percent(cell.task_accuracy(task), 0) for task in results.tasks]
+
+
+def _name(recipe: str) -> str:
+    return f"*{recipe}*" if recipe in BASELINES else f"`{_cell(recipe)}`"
+
+
+def _cell(words: str) -> str:
+    """Text that breaks neither out of a cell nor out of its code marks."""
+    return " ".join(words.split()).replace("|", "\\|").replace("`", "'")
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [
+        "| " + " | ".join(map(_cell, heads)) + " |",
+        "|" + "|".join([" :-- ", *([" --: "] * (len(heads) - 1))]) + "|",
+        *("| " + " | ".join(row) + " |" for row in rows),
+    ]
+    return "\n".join(lines)
+
+
+def _provenance(results: Results) -> str:
+    run = results.run
+    told = [
+        f"{run['items']:,} questions" if run.get("items") else "",
+        f"suite {run['suite']}" if run.get("suite") else "",
+        f"model {run['model']}" if run.get("model") else "",
+        str(run.get("hardware") or ""),
+        " ".join(str(run[k]) for k in ("device", "dtype") if run.get(k)),
+        f"foveate {run['foveate']}" if run.get("foveate") else "",
+        f"torch {run['torch']}" if run.get("torch") else "",
+        f"transformers {run['transformers']}" if run.get("transformers") else "",
+        str(run.get("date") or "")[:10],
+    ]
+    line = ", ".join(_cell(part) for part in told if part)
+    command = str(run.get("command") or "").strip()
+    fence = f"\n\n```console\n$ {command}\n```" if command else ""
+    return f"{line}.{fence}" if line else fence.strip()

@@ -1,0 +1,280 @@
+"""Tables of the bench page: ranking, costs, losses, failures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+
+from foveate.bench import report_text as text
+from foveate.bench.cells import Cell
+from foveate.bench.estimates import Estimate
+from foveate.bench.report_axes import accuracy_scale
+from foveate.bench.report_curves import Style, interval_bar, mark
+from foveate.bench.results import BASELINES, Results, Standing
+from foveate.bench.store import UNTOUCHED
+
+Styles = Mapping[str, Style]
+_LEFT = ' class="left"'
+
+
+def ranking(results: Results, styles: Styles) -> str:
+    """Recipes at each budget with what separates them from the untouched model and baselines."""
+    return _per_budget(results, "rank", lambda budget: _ranking_at(results, styles, budget))
+
+
+def costs(results: Results, styles: Styles) -> str:
+    """Tokens, FLOPs, times and memory at each budget."""
+    return _per_budget(results, "cost", lambda budget: _costs_at(results, styles, budget))
+
+
+def losses(results: Results, styles: Styles) -> str:
+    """A heat table of the questions lost against the untouched model; "" without that model."""
+    if results.untouched is None or not results.untouched.answers:
+        return ""
+    return _per_budget(results, "loss", lambda budget: _losses_at(results, styles, budget))
+
+
+def failures(results: Results) -> str:
+    """Recipes that could not run, and why; "" when all could."""
+    rows = "".join(
+        f'<tr><th scope="row">{escape(name)}</th>'
+        f'<td class="left">{", ".join(map(text.budget, where))}</td>'
+        f'<td class="wrap">{escape(why)}</td></tr>'
+        for name, where, why in results.failures
+    )
+    if not rows:
+        return ""
+    return _table(_heads("<recipe", "<budgets", "<reason"), rows)
+
+
+# -- ranking --------------------------------------------------------------------------------------
+
+
+def _ranking_at(results: Results, styles: Styles, budget: float) -> str:
+    standings = results.standings(budget)
+    untouched = results.accuracy(results.untouched) if results.untouched else None
+    figures = [row.accuracy for row in standings] + ([untouched] if untouched else [])
+    bounds = accuracy_scale(figures).bounds
+    # The ranking is in order, so the first baseline in it is the best.
+    rival = next((row for row in standings if row.cell.recipe in BASELINES), None)
+    hurdle = rival.accuracy.value if rival else None
+    best = f"{rival.cell.recipe}, the best baseline" if rival else "the best baseline"
+
+    def bar(estimate: Estimate, style: Style | None) -> str:
+        return interval_bar(
+            estimate, bounds, untouched=untouched, best_baseline=hurdle, style=style
+        )
+
+    rows = []
+    if untouched:
+        rows.append(
+            f'<tr class="base"><td></td>{_who(UNTOUCHED, None)}<td>{bar(untouched, None)}</td>'
+            f"{_accuracy(untouched)}<td></td><td></td><td></td></tr>"
+        )
+    for place, row in enumerate(standings, 1):
+        name = row.cell.recipe
+        rows.append(
+            f'<tr class="s{styles[name].number}"><td>{place}</td>{_who(name, styles[name])}'
+            f"<td>{bar(row.accuracy, styles[name])}</td>{_accuracy(row.accuracy)}"
+            f"{_difference(row.to_untouched)}{_difference(row.to_baseline)}"
+            f'<td class="left">{_verdict(row)}</td></tr>'
+        )
+    scale = "".join(f"<span>{text.percent(bound, 0)} %</span>" for bound in bounds)
+    heads = (
+        f'{_heads("#", "<recipe")}<th scope="col"><span class="ends">{scale}</span></th>'
+        f"{_heads('accuracy %', 'against untouched', f'against {best}', '<')}"
+    )
+    return _table(heads, "".join(rows))
+
+
+def _accuracy(estimate: Estimate) -> str:
+    between = text.span(estimate)
+    small = f' <small class="i">{between}</small>' if between else ""
+    return f"<td><b>{text.percent(estimate.value)}</b>{small}</td>"
+
+
+def _difference(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return f'<td class="unsure">{text.DASH}</td>'
+    style = "" if estimate.excludes_zero else ' class="unsure"'
+    between = text.span(estimate, sign=True)
+    small = f' <small class="i">{between}</small>' if between else ""
+    return f"<td{style}>{text.percent(estimate.value, sign=True)}{small}</td>"
+
+
+def _verdict(row: Standing) -> str:
+    chips = []
+    for sure in (True, False):
+        names = [name for name, excludes in row.below if excludes is sure]
+        if names:
+            word = "excludes" if sure else "includes"
+            style = "chip sure" if sure else "chip"
+            chips.append(
+                f'<span class="{style}" title="95 % interval of the paired difference {word} 0">'
+                f"below {escape(', '.join(names))} · {word} 0</span>"
+            )
+    return "<br/>".join(chips)
+
+
+# -- costs ----------------------------------------------------------------------------------------
+
+
+def _costs_at(results: Results, styles: Styles, budget: float) -> str:
+    untouched = results.untouched
+    cells = ([untouched] if untouched else []) + results.at(budget)
+    rows = "".join(_cost_row(cell, untouched, styles.get(cell.recipe)) for cell in cells)
+    heads = _heads(
+        "<recipe",
+        "<tokens by stage",
+        "into the LLM",
+        "FLOPs",
+        "first token",
+        "times untouched",
+        "decode tokens/s",
+        "peak memory",
+        "<overhead",
+    )
+    return _table(heads, rows)
+
+
+def _cost_row(cell: Cell, untouched: Cell | None, style: Style | None) -> str:
+    data = cell.data
+    number = f' class="s{style.number}"' if style else ' class="base"'
+    timing = data.get("first_token") or {}
+    between = ""
+    if timing.get("low") is not None and timing.get("high") is not None:
+        low, high = (text.duration(timing[end], cell.first_token) for end in ("low", "high"))
+        between = f" <small>{low.rsplit(' ', 1)[0]} to {high.rsplit(' ', 1)[0]}</small>"
+    flops, share = data.get("flops") or {}, ""
+    if cell.flops_fraction is not None:
+        share = f' <small class="p">{text.percent(cell.flops_fraction)} %</small>'
+    rate = data.get("decode_tokens_per_second")
+    overhead = data.get("overhead") or {}
+    return (
+        f"<tr{number}>{_who(cell.recipe, style)}"
+        f'<td class="left">{_stages(cell)}</td>'
+        f"<td>{text.tokens(data.get('visual_after'))} "
+        f"<small>of {text.tokens(data.get('visual_before'))}</small></td>"
+        f"<td>{text.flops(flops.get('reduced'), flops.get('untouched'))}{share}</td>"
+        f"<td>{text.duration(cell.first_token)}{between}</td>"
+        f"<td>{ratio(cell, untouched)}</td>"
+        f"<td>{text.DASH if rate is None else f'{text.digits(rate)}'}</td>"
+        f"<td>{text.memory(data.get('peak_memory'))}</td>"
+        f'<td class="left">{_overhead(overhead)}</td></tr>'
+    )
+
+
+def ratio(cell: Cell, untouched: Cell | None) -> str:
+    """Time to first token as a multiple of the untouched model's."""
+    mine, base = cell.first_token, untouched.first_token if untouched else None
+    return text.DASH if mine is None or not base else f"{mine / base:.2f}{text.TIMES}"
+
+
+def _stages(cell: Cell) -> str:
+    rows = cell.stage_rows()
+    return (
+        "<br/>".join(
+            f"{escape(row['stage'])}: {text.tokens(row['before'])} → {text.tokens(row['after'])}"
+            f" <small>{text.percent(row['retained'], 0)} %</small>"
+            for row in rows
+        )
+        or text.DASH
+    )
+
+
+def _overhead(seconds: Mapping[str, float]) -> str:
+    entries = [
+        f"<small>{escape(stage)}</small> {text.duration(took)}" for stage, took in seconds.items()
+    ]
+    return "<br/>".join(entries) or text.DASH
+
+
+# -- losses ---------------------------------------------------------------------------------------
+
+
+def _losses_at(results: Results, styles: Styles, budget: float) -> str:
+    tasks = results.tasks
+    rows = []
+    for cell in results.at(budget):
+        name = cell.recipe
+        shares = "".join(_loss(results, cell, task) for task in (None, *tasks))
+        rows.append(f'<tr class="s{styles[name].number}">{_who(name, styles[name])}{shares}</tr>')
+    heads = _heads("<recipe", "all", *tasks)
+    return _table(heads, "".join(rows), "heat") + _hardest(results, budget)
+
+
+def _loss(results: Results, cell: Cell, task: str | None) -> str:
+    found = results.losses(cell, task)
+    if found is None or found.share is None:
+        return f'<td class="h" style="--w:0%">{text.DASH}</td>'
+    told = (
+        f"lost {found.lost} of {found.held} that untouched answers, "
+        f"gained {found.gained} of {found.missed} that it does not"
+    )
+    # Deeper than this, text on it could not be read in dark mode.
+    weight = min(75, round(100 * found.share))
+    return f'<td class="h" style="--w:{weight}%" title="{told}">{text.percent(found.share, 0)}</td>'
+
+
+def _hardest(results: Results, budget: float) -> str:
+    rows = "".join(
+        f'<tr><th scope="row">{escape(answer.id)}</th><td class="left">{escape(answer.task)}</td>'
+        f'<td class="left">{escape(text.shorten(answer.text, 60))}</td>'
+        f"<td>{lost} of {number}</td></tr>"
+        for answer, lost, number in results.hardest(budget)
+    )
+    if not rows:
+        return ""
+    return (
+        '<p class="more lead">Questions that the untouched model answers and most recipes lose:</p>'
+        + _table(_heads("<question", "<task", "<right answer", "lost by"), rows, "short")
+    )
+
+
+# -- helpers --------------------------------------------------------------------------------------
+
+
+def _who(name: str, style: Style | None) -> str:
+    sign = mark(style) if style else ""
+    shown = escape(name).replace("@", "<wbr/>@")
+    return f'<th scope="row"><span class="who">{sign}<span>{shown}</span></span></th>'
+
+
+def _heads(*names: str) -> str:
+    """Column heads; a name that starts with "<" stands to the left."""
+    return "".join(
+        f'<th scope="col"{_LEFT if name.startswith("<") else ""}>'
+        f"{escape(name.removeprefix('<'))}</th>"
+        for name in names
+    )
+
+
+def _table(heads: str, rows: str, style: str = "") -> str:
+    named = f' class="{style}"' if style else ""
+    return (
+        f'<div class="scroll" tabindex="0"><table{named}><thead><tr>{heads}</tr></thead>'
+        f"<tbody>{rows}</tbody></table></div>"
+    )
+
+
+def _per_budget(results: Results, name: str, sheet: Callable[[float], str]) -> str:
+    """One sheet per budget behind radio buttons, which need no script; all of them in print."""
+    budgets: Sequence[float] = results.budgets
+    shown = nearest(budgets, 0.1)
+    switches, sheets = [], []
+    for number, budget in enumerate(budgets):
+        checked = ' checked="checked"' if budget == shown else ""
+        switches.append(
+            f'<input type="radio" class="t{number}" name="{name}" id="{name}{number}"{checked}/>'
+            f'<label for="{name}{number}">{text.budget(budget)}</label>'
+        )
+        sheets.append(
+            f'<section class="sheet n{number}"><h3>{text.budget(budget)} kept</h3>'
+            f"{sheet(budget)}</section>"
+        )
+    return f'<div class="tabs">{"".join(switches)}{"".join(sheets)}</div>'
+
+
+def nearest(budgets: Sequence[float], wanted: float) -> float | None:
+    """The budget closest to a wanted one; None when there is none."""
+    return min(budgets, key=lambda b: (abs(b - wanted), b), default=None)

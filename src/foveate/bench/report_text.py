@@ -1,0 +1,94 @@
+"""Figures as people read them; a figure that is missing is a dash."""
+
+from __future__ import annotations
+
+from html import escape
+
+from foveate.bench.estimates import Estimate
+
+DASH, MINUS, TIMES = "\u2013", "\u2212", "\u00d7"
+
+
+def percent(value: float | None, digits: int = 1, sign: bool = False) -> str:
+    """A fraction in percent, with a real minus; with `sign` also a plus.
+
+    Example:
+        >>> percent(0.7123), percent(0.7123, 0), percent(0.013, sign=True), percent(-0.0001)
+        ('71.2', '71', '+1.3', '0.0')
+        >>> percent(-0.02) == MINUS + "2.0", percent(None) == DASH
+        (True, True)
+    """
+    if value is None:
+        return DASH
+    text = f"{100 * value:{'+' if sign else ''}.{digits}f}"
+    # "-0.0" says that something was lost where nothing was.
+    if float(text) == 0:
+        text = f"{0:.{digits}f}"
+    return text.replace("-", MINUS)
+
+
+def budget(value: float) -> str:
+    """A retain ratio: 0.05 -> "5 %"."""
+    return f"{100 * value:.4g} %"
+
+
+def span(estimate: Estimate, sign: bool = False) -> str:
+    """The interval of an estimate in percent, or "" where there is none."""
+    if estimate.low is None or estimate.high is None:
+        return ""
+    return f"{percent(estimate.low, 1, sign)} to {percent(estimate.high, 1, sign)}"
+
+
+def tokens(value: float | None) -> str:
+    """A mean number of tokens: at most one digit behind the point, none from 100 on."""
+    if value is None:
+        return DASH
+    return f"{value:,.0f}" if value >= 100 or value == round(value) else f"{value:.1f}"
+
+
+def digits(value: float) -> str:
+    """Three digits: 4.2 -> "4.20", 1234.5 -> "1,234"."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}".rstrip(".")
+
+
+def flops(value: float | None, like: float | None = None) -> str:
+    """FLOPs with the prefix that fits them, or that fits `like`: 4.08e13 -> "40.8 T"."""
+    if value is None:
+        return DASH
+    for size, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if (like or value) >= size:
+            return f"{digits(value / size)} {prefix}"
+    return digits(value)
+
+
+def duration(seconds: float | None, like: float | None = None) -> str:
+    """Seconds with the unit that fits them, or that fits `like`: 0.0042 -> "4.20 ms"."""
+    if seconds is None:
+        return DASH
+    scale = like or seconds
+    for size, unit in ((1.0, "s"), (1e-3, "ms")):
+        if scale >= size:
+            return f"{digits(seconds / size)} {unit}"
+    return f"{digits(1e6 * seconds)} µs"
+
+
+def memory(size: float | None) -> str:
+    """Bytes: 3.2e9 -> "3.20 GB"."""
+    if size is None:
+        return DASH
+    return f"{digits(size / 1e9)} GB" if size >= 1e9 else f"{digits(size / 1e6)} MB"
+
+
+def plural(number: int, word: str) -> str:
+    """A count with its noun: (1, "clip") -> "1 clip"."""
+    return f"{number:,} {word}{'' if number == 1 else 's'}"
+
+
+def shorten(text: str, most: int) -> str:
+    """At most `most` characters, the last of them a sign that there were more."""
+    return text if len(text) <= most else text[: most - 1].rstrip() + "…"
+
+
+def attribute(text: str) -> str:
+    """Text as it may stand between double quotes in HTML and SVG."""
+    return escape(text, quote=True)
