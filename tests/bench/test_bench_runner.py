@@ -185,6 +185,8 @@ def test_figures_of_a_cell(bench: Callable[..., BenchResult]) -> None:
     assert fastv["visual_after"] == 55 and fastv["stages"][0]["layer"] == 1
     left = fastv["stages"][0]["after"]
     assert fastv["layer_tokens"] == pytest.approx([text[0] + 55] + [text[0] + left] * 3)
+    per_layer = [result.visual_per_layer(cell) for cell in result.cells]
+    assert per_layer == pytest.approx([55, 16, (55 + 3 * left) / 4])
     for figures in (untouched, divprune, fastv):
         first = figures["first_token"]
         assert 0 < first["low"] <= first["median"] <= first["high"] and first["repeats"] == 2

@@ -43,10 +43,10 @@ def cell_key(row: Mapping[str, Any]) -> Key:
 
 
 class RunFolder:
-    """The files of one run, opened for writing.
+    """The files of one run, opened for writing by one process at a time with `with`.
 
     Args:
-        path: the folder; made if it is missing.
+        path: the folder; made on entering if it is missing.
 
     Raises:
         ValueError: it is a file, or holds something that is not a run.
@@ -62,7 +62,6 @@ class RunFolder:
                 f"{self.path} is not empty and holds no run of foveate bench (no run.json, but "
                 f"{self._foreign()[0]}); give another folder."
             )
-        self.path.mkdir(parents=True, exist_ok=True)
         self._lock: IO[str] | None = None
 
     def _is_run(self) -> bool:
@@ -74,6 +73,7 @@ class RunFolder:
     # -- one writer at a time -------------------------------------------------------------------
 
     def __enter__(self) -> RunFolder:
+        self.path.mkdir(parents=True, exist_ok=True)
         self._lock = (self.path / ".lock").open("w")
         try:
             import fcntl

@@ -68,6 +68,18 @@ class BenchResult:
         """The model without any recipe, once measured."""
         return next((cell for cell in self.cells if cell.recipe == UNTOUCHED), None)
 
+    def visual_per_layer(self, cell: CellResult) -> float | None:
+        """Visual tokens in a layer of the language model, mean over layers and questions.
+
+        What enters the language model says nothing of methods that act inside of it.
+        """
+        plain = None if self.untouched is None else self.untouched.figures
+        layers = cell.figures.get("layer_tokens")
+        if plain is None or not layers:
+            return None
+        text = plain["layer_tokens"][0] - plain["visual_before"]
+        return sum(layers) / len(layers) - text
+
     def ranking(self) -> list[CellResult]:
         """The untouched model, then every budget from large to small, the best recipe first."""
 

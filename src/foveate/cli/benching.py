@@ -15,8 +15,9 @@ from rich.table import Table
 
 from foveate.bench.plan import parse_budgets, plan_cells
 from foveate.bench.runner import run_bench
+from foveate.bench.stats import Interval
 from foveate.bench.suite import open_suite
-from foveate.bench.summary import BenchResult, CellResult, signed
+from foveate.bench.summary import BenchResult, CellResult
 from foveate.cli.output import err, out, print_json, progress
 from foveate.view.charts import duration
 
@@ -93,7 +94,7 @@ class Benching:
 
         def on_cell(line: Mapping[str, Any]) -> None:
             if not self.as_json:
-                err().print(_cell_line(line))
+                err().print(_cell_line(line), soft_wrap=True)
 
         try:
             with progress(not self.as_json) as tell:
@@ -123,8 +124,8 @@ def _print(result: BenchResult) -> None:
     )
     console.print(_table(result))
     console.print(
-        "\n[dim]accuracy in %, with 95 % intervals over clips; difference in points, on the same "
-        "questions[/]"
+        "\n[dim]accuracy in %, 95 % intervals over clips; difference in points, on the same "
+        "questions; visual tokens, mean over the layers[/]"
     )
     for what, label in (("skipped", "skipped"), ("damaged", "decoded in part")):
         lines = run[what]
@@ -140,39 +141,36 @@ def _print(result: BenchResult) -> None:
 
 
 def _table(result: BenchResult) -> Table:
+    """Narrow enough for 80 columns; the page has the rest."""
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    table.add_column("recipe", style="bold")
-    for name in (
-        "retain",
-        "accuracy",
-        "to untouched",
-        "tokens",
-        "FLOPs",
-        "first token",
-        "tokens/s",
-    ):
+    table.add_column("recipe", style="bold", overflow="fold")
+    for name in ("retain", "accuracy", "to untouched", "tokens", "FLOPs", "1st token"):
         table.add_column(name, justify="right", no_wrap=True)
     last = None
     for cell in result.ranking():
         if last is not None and cell.retain != last.retain:
-            table.add_section()
+            table.add_row()
         last = cell
-        table.add_row(escape(cell.recipe), f"{cell.retain:g}", *_figures(cell))
+        table.add_row(escape(cell.recipe), f"{cell.retain:g}", *_figures(cell, result))
     return table
 
 
-def _figures(cell: CellResult) -> list[str]:
+def _figures(cell: CellResult, result: BenchResult) -> list[str]:
     if cell.accuracy is None:
-        return ["[yellow]failed[/]", "", "", "", "", ""]
-    value, low, high = (100 * part for part in cell.accuracy.as_list())
+        return ["[yellow]failed[/]"]
     flops, first = cell.figures["flops"], cell.figures["first_token"]
-    speed = cell.figures["decode_tokens_per_second"]
     share = flops["reduced"] / flops["untouched"] if flops["untouched"] else None
+    tokens = result.visual_per_layer(cell)
     return [
-        f"{value:.1f} [{low:.1f}, {high:.1f}]".replace("[", r"\["),
-        "" if cell.difference is None else signed(cell.difference).replace("[", r"\["),
-        f"{cell.figures['visual_after']:.0f}",
+        _interval(cell.accuracy),
+        "" if cell.difference is None else _interval(cell.difference, "+"),
+        "" if tokens is None else f"{tokens:.0f}",
         "" if share is None else f"{share:.1%}",
         "" if first is None else duration(first["median"]),
-        "" if speed is None else f"{speed:.1f}",
     ]
+
+
+def _interval(figure: Interval, sign: str = "") -> str:
+    # Adding zero turns -0.0 into 0.0.
+    value, low, high = (100 * part + 0.0 for part in figure.as_list())
+    return escape(f"{value:{sign}.1f} [{low:{sign}.0f}, {high:{sign}.0f}]")
