@@ -15,6 +15,7 @@ Roles, and what they are built to keep from leaking:
 from __future__ import annotations
 
 from itertools import pairwise
+from numbers import Integral
 from typing import Any
 
 from foveate.world.draw import Draw
@@ -244,12 +245,14 @@ def sample_scene(name: str, frames: int, *, natural: float = 0.0, noise: int = 3
         noise: sensor noise, levels of 255.
 
     Raises:
-        ValueError: too few frames, or a fraction outside [0, 1].
+        ValueError: too few frames, or a fraction or noise out of range.
 
     Example:
         >>> sample_scene("a", 16) == sample_scene("a", 16)
         True
     """
+    if not isinstance(frames, Integral):
+        raise ValueError(f"a scene has a whole number of frames, got {frames}.")
     if frames < 4:
         raise ValueError(f"a scene needs at least 4 frames, got {frames}.")
     if not 0 <= natural <= 1:

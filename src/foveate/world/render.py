@@ -38,7 +38,7 @@ def render(
     Complexity: O(T H W) for the background, O(area) per sprite and frame.
 
     Raises:
-        ValueError: a size below 16 pixels.
+        ValueError: a size below 16 pixels, or frames that are not ascending numbers of the clip's.
         MissingDependencyError: the scene has natural backgrounds and `foveate[demo]` is missing.
 
     Example:
@@ -50,6 +50,10 @@ def render(
     if min(height, width) < 16:
         raise ValueError(f"frames must be at least 16 pixels high and wide, got {height}x{width}.")
     wanted = list(range(scene.frames)) if frames is None else list(frames)
+    if not wanted or wanted != sorted({*wanted} & {*range(scene.frames)}):
+        raise ValueError(
+            f"frames must be ascending numbers from 0 to {scene.frames - 1}, got {wanted}."
+        )
     pixels_THWC = np.empty((len(wanted), height, width, 3), dtype=np.uint8)
     masks_THW = np.zeros((len(wanted), height, width), dtype=np.uint8)
     for shot in scene.shots:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
 from typing import Literal
 
 import numpy as np
@@ -23,6 +24,26 @@ from foveate.world.vocabulary import TASKS
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
+
+
+def _sides(size: int | tuple[int, int]) -> tuple[int, int]:
+    """Height and width in pixels."""
+    sides = (size, size) if isinstance(size, Integral) else tuple(size)
+    if len(sides) != 2:
+        raise ValueError(f"size is one side or (height, width) in pixels, got {size}.")
+    if min(sides) < 16:
+        raise ValueError(f"frames must be at least 16 pixels high and wide, got {size}.")
+    return int(sides[0]), int(sides[1])
+
+
+def _tasks(tasks: Sequence[str] | None) -> tuple[str, ...]:
+    if tasks is None:
+        return tuple(TASKS)
+    if isinstance(tasks, str):
+        raise ValueError(f"tasks is a sequence of names; write tasks=({tasks!r},).")
+    if not tasks:
+        raise ValueError(f"name at least one task; choose from {', '.join(TASKS)}.")
+    return tuple(tasks)
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,10 +142,8 @@ class World:
         self.seed = seed
         self.split = split
         self.frames = frames
-        self.size = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-        if min(self.size) < 16:
-            raise ValueError(f"frames must be at least 16 pixels high and wide, got {self.size}.")
-        self.tasks = tuple(TASKS) if tasks is None else tuple(tasks)
+        self.size = _sides(size)
+        self.tasks = _tasks(tasks)
         self.per_task = per_task
         self.natural = natural
         self.noise = noise
@@ -135,8 +154,10 @@ class World:
         """The clip with this number.
 
         Raises:
-            ValueError: a negative number.
+            ValueError: a negative number, or no whole one.
         """
+        if not isinstance(index, Integral):
+            raise ValueError(f"clips are numbered by a whole number, got {index}.")
         if index < 0:
             raise ValueError(f"clips are numbered from 0, got {index}.")
         name = f"{self.seed}/{self.split}/{index}"
