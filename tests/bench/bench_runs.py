@@ -91,11 +91,14 @@ def write_run(
     ease -= np.array([0.25 * tasks.index(task) for task in task_of])
     run = {
         "version": 1,
-        "model": "embedded",
+        "model": "LlavaOnevisionForConditionalGeneration",
         "model_id": "foveate/embedded",
         "suite": "world",
         "suite_args": {"clips": clips, "seed": 0},
         "items": items,
+        "clips": clips,
+        "frames": 16,
+        "skipped": ['questions.jsonl:7: no "answer"'],
         "tasks": {task: task_of.count(task) for task in tasks},
         "device": "cpu",
         "dtype": "float32",

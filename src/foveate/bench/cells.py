@@ -55,6 +55,12 @@ class Cell:
         """Median seconds to the first token."""
         return (self.data.get("first_token") or {}).get("median")
 
+    @property
+    def first_token_ratio(self) -> float | None:
+        """Time to the first token as a multiple of the untouched model's in the same minutes."""
+        mine, base = self.first_token, (self.data.get("first_token_untouched") or {}).get("median")
+        return mine / base if mine is not None and base else None
+
     def task_accuracy(self, task: str) -> float | None:
         """Fraction right of the questions of one task."""
         right, number = (self.data.get("tasks") or {}).get(task) or (0, 0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from html import escape
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from foveate.bench import report_tables as tables
 from foveate.bench import report_text as text
@@ -122,21 +123,25 @@ def render_report(results: Results) -> str:
 
 
 def _model(results: Results) -> str:
-    return str(results.run.get("model") or results.run.get("model_id") or "a model")
+    """A model's name; of a folder its last part, which is what people call it by."""
+    name = str(results.run.get("model_id") or results.run.get("model") or "a model")
+    return Path(name).name or name
 
 
 def _facts(results: Results) -> str:
     run = results.run
     given = run.get("suite_args")
-    options = ", ".join(f"{k} {v}" for k, v in given.items()) if isinstance(given, dict) else ""
-    questions = run.get("items")
+    options = ""
+    if isinstance(given, dict):
+        options = ", ".join(
+            f"{name} {_plain(value)}" for name, value in given.items() if value is not None
+        )
     facts = (
-        ("model", run.get("model_id") if run.get("model_id") != run.get("model") else None),
+        ("model", run.get("model_id") if run.get("model_id") != _model(results) else None),
+        ("architecture", run.get("model") if run.get("model") != run.get("model_id") else None),
         ("suite", f"{run['suite']} ({options})" if options else run.get("suite")),
-        (
-            "questions",
-            f"{questions:,} in {text.plural(len(results.tasks), 'task')}" if questions else None,
-        ),
+        ("questions", _asked(results)),
+        ("frames", run.get("frames")),
         ("hardware", run.get("hardware")),
         ("on", " ".join(str(run[k]) for k in ("device", "dtype") if run.get(k)) or None),
         ("date", str(run.get("date") or "").replace("T", " ")[:16] or None),
@@ -153,6 +158,18 @@ def _facts(results: Results) -> str:
     return f'<ul class="facts">{listed}</ul>{shown}'
 
 
+def _plain(value: Any) -> str:
+    return "/".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _asked(results: Results) -> str | None:
+    run = results.run
+    if not run.get("items"):
+        return None
+    about = f" about {text.plural(run['clips'], 'clip')}" if run.get("clips") else ""
+    return f"{run['items']:,}{about} in {text.plural(len(results.tasks), 'task')}"
+
+
 def _banner(results: Results) -> str:
     notes = []
     if results.untouched is None:
@@ -161,7 +178,7 @@ def _banner(results: Results) -> str:
         some = ", ".join(f"{name} at {text.budget(b)}" for name, b in results.missing[:4])
         more = len(results.missing) - 4
         notes.append(
-            f"{text.plural(len(results.missing), 'cell')} not finished: {some}"
+            f"{text.plural(len(results.missing), 'cell')} without a result yet: {some}"
             f"{f' and {more} more' if more > 0 else ''}."
         )
     return f'<p class="banner">{escape(" ".join(notes))}</p>' if notes else ""
@@ -213,6 +230,7 @@ def _body(results: Results, styles: dict[str, Style]) -> str:
     return (
         "".join(_panel(name, body, _LEADS[key]) for name, body, key in panels)
         + failed
+        + _panel("Left out", tables.left_out(results))
         + _panel("How to read this", f'<dl class="how">{how}</dl>')
     )
 

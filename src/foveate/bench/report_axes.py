@@ -120,7 +120,7 @@ def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list
     # Without the gaps it is a monotone fit: blocks that would cross take their common mean.
     blocks: list[tuple[float, int]] = []
     for number, place in enumerate(wanted):
-        mean, size = place - number * gap, 1
+        mean, size = float(place - number * gap), 1
         while blocks and blocks[-1][0] > mean:
             before, count = blocks.pop()
             mean, size = (before * count + mean * size) / (count + size), count + size

@@ -22,7 +22,7 @@ def render_markdown(results: Results) -> str:
         at = ", ".join(map(text.budget, where))
         parts.append(f"`{_cell(name)}` could not run at {at}: {_cell(why)}")
     if results.missing:
-        parts.append(f"Unfinished: {text.plural(len(results.missing), 'cell')} to come.")
+        parts.append(f"{text.plural(len(results.missing), 'cell')} without a result yet.")
     parts.append(_provenance(results))
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -37,7 +37,7 @@ def _overall(results: Results, shown: float) -> str:
     if results.untouched is not None:
         # The same at every budget, so that each column can be read on its own.
         figures = [_accuracy(results, results.untouched, None)] * len(results.budgets)
-        times = ratio(results.untouched, results.untouched)
+        times = ratio(results, results.untouched)
         rows.append([UNTOUCHED, *figures, "100.0 %", times, ""])
     for name in _order(results, shown):
         cells = {cell.retain: cell for cell in results.of(name)}
@@ -45,7 +45,7 @@ def _overall(results: Results, shown: float) -> str:
         cell = cells.get(shown)
         share = cell.flops_fraction if cell else None
         spent = text.DASH if share is None else f"{text.percent(share)} %"
-        times = ratio(cell, results.untouched) if cell else text.DASH
+        times = ratio(results, cell) if cell else text.DASH
         rows.append([_name(name), *figures, spent, times, below.get(name, "")])
     return (
         "Accuracy in %, ± half the 95 % interval, by fraction of visual tokens kept; the best of "
@@ -118,7 +118,7 @@ def _provenance(results: Results) -> str:
     told = [
         f"{run['items']:,} questions" if run.get("items") else "",
         f"suite {run['suite']}" if run.get("suite") else "",
-        f"model {run['model']}" if run.get("model") else "",
+        f"model {run.get('model_id') or run['model']}" if run.get("model") else "",
         str(run.get("hardware") or ""),
         " ".join(str(run[k]) for k in ("device", "dtype") if run.get(k)),
         f"foveate {run['foveate']}" if run.get("foveate") else "",

@@ -47,6 +47,17 @@ def failures(results: Results) -> str:
     return _table(_heads("<recipe", "<budgets", "<reason"), rows)
 
 
+def left_out(results: Results, most: int = 20) -> str:
+    """Questions that were not asked and clips that were read in part; "" without any."""
+    told = [
+        f"{key}: {line}" for key in ("skipped", "damaged") for line in results.run.get(key) or []
+    ]
+    rows = "".join(f"<li>{escape(line)}</li>" for line in told[:most])
+    if len(told) > most:
+        rows += f"<li>and {len(told) - most} more, all of them in run.json</li>"
+    return f'<ul class="notes">{rows}</ul>' if rows else ""
+
+
 # -- ranking --------------------------------------------------------------------------------------
 
 
@@ -122,11 +133,12 @@ def _verdict(row: Standing) -> str:
 def _costs_at(results: Results, styles: Styles, budget: float) -> str:
     untouched = results.untouched
     cells = ([untouched] if untouched else []) + results.at(budget)
-    rows = "".join(_cost_row(cell, untouched, styles.get(cell.recipe)) for cell in cells)
+    rows = "".join(_cost_row(results, cell, styles.get(cell.recipe)) for cell in cells)
     heads = _heads(
         "<recipe",
         "<tokens by stage",
         "into the LLM",
+        "per LLM layer",
         "FLOPs",
         "first token",
         "times untouched",
@@ -137,7 +149,7 @@ def _costs_at(results: Results, styles: Styles, budget: float) -> str:
     return _table(heads, rows)
 
 
-def _cost_row(cell: Cell, untouched: Cell | None, style: Style | None) -> str:
+def _cost_row(results: Results, cell: Cell, style: Style | None) -> str:
     data = cell.data
     number = f' class="s{style.number}"' if style else ' class="base"'
     timing = data.get("first_token") or {}
@@ -155,19 +167,20 @@ def _cost_row(cell: Cell, untouched: Cell | None, style: Style | None) -> str:
         f'<td class="left">{_stages(cell)}</td>'
         f"<td>{text.tokens(data.get('visual_after'))} "
         f"<small>of {text.tokens(data.get('visual_before'))}</small></td>"
+        f"<td>{text.tokens(results.visual_per_layer(cell))}</td>"
         f"<td>{text.flops(flops.get('reduced'), flops.get('untouched'))}{share}</td>"
         f"<td>{text.duration(cell.first_token)}{between}</td>"
-        f"<td>{ratio(cell, untouched)}</td>"
+        f"<td>{ratio(results, cell)}</td>"
         f"<td>{text.DASH if rate is None else f'{text.digits(rate)}'}</td>"
         f"<td>{text.memory(data.get('peak_memory'))}</td>"
         f'<td class="left">{_overhead(overhead)}</td></tr>'
     )
 
 
-def ratio(cell: Cell, untouched: Cell | None) -> str:
-    """Time to first token as a multiple of the untouched model's."""
-    mine, base = cell.first_token, untouched.first_token if untouched else None
-    return text.DASH if mine is None or not base else f"{mine / base:.2f}{text.TIMES}"
+def ratio(results: Results, cell: Cell) -> str:
+    """Time to the first token as a multiple of the untouched model's."""
+    found = results.first_token_ratio(cell)
+    return text.DASH if found is None else f"{found:.2f}{text.TIMES}"
 
 
 def _stages(cell: Cell) -> str:

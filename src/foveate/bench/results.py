@@ -14,10 +14,8 @@ from typing import Any
 
 from foveate.bench.cells import Answer, Cell
 from foveate.bench.estimates import Estimate, accuracy_of, difference_of
+from foveate.bench.plan import BASELINES
 from foveate.bench.store import UNTOUCHED, Key, cell_key, read_lines
-
-#: What every recipe has to beat at the same budget.
-BASELINES = ("random", "uniform", "pool")
 
 
 @dataclass(frozen=True)
@@ -112,9 +110,8 @@ class Results:
 
     @cached_property
     def missing(self) -> list[Key]:
-        """Cells that another recipe's budgets lead one to expect and that are not finished."""
+        """Cells without a result at a budget that another recipe has one at."""
         names = dict.fromkeys(c.recipe for c in self.cells.values() if c.recipe != UNTOUCHED)
-        names.update(dict.fromkeys(BASELINES))
         return [(n, b) for n in names for b in self.budgets if (n, b) not in self.cells]
 
     def at(self, budget: float) -> list[Cell]:
@@ -132,6 +129,27 @@ class Results:
             c for c in self.cells.values() if c.recipe == recipe and c.share_correct is not None
         ]
         return sorted(cells, key=lambda c: -c.retain)
+
+    def first_token_ratio(self, cell: Cell) -> float | None:
+        """Time to the first token as a multiple of the untouched model's.
+
+        Against the untouched model in the same minutes where the run measured that.
+        """
+        if cell.first_token_ratio is not None:
+            return cell.first_token_ratio
+        mine, base = cell.first_token, self.untouched.first_token if self.untouched else None
+        return mine / base if mine is not None and base else None
+
+    def visual_per_layer(self, cell: Cell) -> float | None:
+        """Visual tokens in a layer of the LLM, mean over layers and questions.
+
+        What enters the LLM says nothing of methods that act inside of it.
+        """
+        plain = self.untouched.data if self.untouched else {}
+        layers, whole = cell.data.get("layer_tokens"), plain.get("layer_tokens")
+        if not layers or not whole or plain.get("visual_before") is None:
+            return None
+        return sum(layers) / len(layers) - (whole[0] - plain["visual_before"])
 
     def accuracy(self, cell: Cell) -> Estimate:
         """Accuracy of a cell, computed once."""
