@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from foveate.attach import Attachment, reduce
+    from foveate.checkpoints import embedded
     from foveate.core import (
         Budget,
         Card,
@@ -46,6 +47,7 @@ _LAZY = {
     "Reduction": "foveate.core",
     "Report": "foveate.core",
     "Tokens": "foveate.core",
+    "embedded": "foveate.checkpoints",
     "get_method": "foveate.core",
     "list_families": "foveate.models.registry",
     "list_methods": "foveate.core",
@@ -67,6 +69,7 @@ __all__ = [
     "Report",
     "Tokens",
     "__version__",
+    "embedded",
     "get_method",
     "list_families",
     "list_methods",

@@ -20,8 +20,9 @@ from foveate.bench.inputs import Prompts
 from foveate.bench.measure import LiveTensors, peak_memory
 from foveate.bench.plan import parse_budgets, plan_cells
 from foveate.bench.store import read_lines
+from foveate.checkpoints import load_model
 from foveate.errors import RecipeError, UnknownMethodError
-from foveate.view import ask, load_model
+from foveate.view import ask
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "view"))
 from checkpoints import save_checkpoint
@@ -406,7 +407,7 @@ def test_a_line_damaged_in_the_middle_is_named(
         ({"frames": 4}, r"frames \(6 there, 4 here\)"),
         ({"seed": 1}, r"seed \(0 there, 1 here\)"),
         ({"max_new_tokens": 3}, r"max_new_tokens \(2 there"),
-        ({"model_id": "other"}, r"model \(Llava.* there, other here\)"),
+        ({"model_name": "other"}, r"model \(Llava.* there, other here\)"),
         ({"suite": Suite("yours", items())}, r"suite \(mine there, yours here\)"),
         ({"suite": Suite("mine", items(2))}, r"number of questions \(9 there, 6 here\)"),
         ({"suite": Suite("mine", items(), args={"a": 1})}, r"arguments of the suite \(\{\} there"),
@@ -434,7 +435,7 @@ def test_other_weights_and_other_answers_are_another_run(
     kept = weight.data.clone()
     try:
         weight.data[0, 0] += 1
-        with pytest.raises(ValueError, match="different run: weights of the model"):
+        with pytest.raises(ValueError, match="different run: class and weights of the model"):
             bench()
     finally:
         weight.data.copy_(kept)
@@ -480,9 +481,9 @@ def test_values_are_checked(bench: Callable[..., BenchResult], loaded: tuple[Any
 
 
 def test_the_run_says_what_it_was(bench: Callable[..., BenchResult]) -> None:
-    run = json.loads((bench(model_id="tiny").folder / "run.json").read_text())
-    assert run["version"] == 1 and run["model_id"] == "tiny"
-    assert run["model"] == "LlavaOnevisionForConditionalGeneration"
+    run = json.loads((bench(model_name="tiny").folder / "run.json").read_text())
+    assert run["version"] == 1 and run["model"] == "tiny"
+    assert run["model_id"].startswith("LlavaOnevisionForConditionalGeneration, weights ")
     assert run["items"] == 9 and run["clips"] == 3 and run["tasks"] == {"odd": 6, "even": 3}
     assert (
         run["device"] == "cpu" and run["dtype"] == "float32" and run["torch"] == torch.__version__

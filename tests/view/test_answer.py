@@ -8,11 +8,11 @@ import torch
 from checkpoints import FAMILIES, PACKED_SETTINGS, save_checkpoint, square
 from PIL import Image
 
+from foveate.checkpoints import load_model, sample_frames
+from foveate.checkpoints.processors import NoVideo, PackedFrames, StackedFrames, fit_pixels, prepare
 from foveate.errors import UnknownModelError
 from foveate.video import Clip
-from foveate.view import ask, load_model
-from foveate.view.answer import sample_frames
-from foveate.view.processors import NoVideo, PackedFrames, StackedFrames, fit_pixels, prepare
+from foveate.view import ask
 
 VIDEO_FAMILIES = [family for family in FAMILIES if family != "llava"]
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+from foveate.checkpoints import open_clip
 from foveate.core import Budget, ProjectorContext, Recipe, Tokens, get_method
 from foveate.errors import (
     AttachmentError,
@@ -18,7 +19,6 @@ from foveate.video import Clip, FrameTransform
 from foveate.view import Encoder, load_encoder, show_video
 from foveate.view.costs import stages_not_run
 from foveate.view.show import _pooled
-from foveate.view.sources import open_clip
 from tiny import tiny_encoder
 
 HALF = (0.5, 0.5, 0.5)

@@ -15,10 +15,8 @@ from torch import Tensor, nn
 from foveate.bench.matching import offer
 from foveate.bench.model import language_adapter
 from foveate.bench.suite import Item, Suite
+from foveate.checkpoints import open_clip, prepare, sample_frames
 from foveate.errors import FoveateError
-from foveate.view.answer import sample_frames
-from foveate.view.processors import prepare
-from foveate.view.sources import open_clip
 
 #: Pixels kept from one cell to the next, in bytes.
 CACHE_BYTES = 2 << 30

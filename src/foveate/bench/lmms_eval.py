@@ -412,7 +412,7 @@ def cut_at(text: str, stops: Iterable[str]) -> str:
 @functools.cache
 def _model_class() -> type:
     """The class that lmms-eval instantiates."""
-    from foveate.bench.loading import load_model
+    from foveate.checkpoints import load_model
 
     base: Any = _harness("api.model").lmms
     instances = _harness("api.instance")

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,46 +12,8 @@ from torch import nn
 from foveate.errors import UnknownModelError
 from foveate.models.adapter import Adapter
 from foveate.models.registry import adapter_for
-from foveate.view.answer import load_model
 
-#: The name of the model that ships with the package.
-EMBEDDED = "embedded"
 _SAMPLES = 64
-
-
-def open_model(
-    name: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
-) -> tuple[nn.Module, Any]:
-    """A model and its processor.
-
-    Args:
-        name: "embedded" for the model that ships with the package, a folder, or a hub id.
-        device: where to put it.
-        dtype: of its weights; None: float32 on CPU, bfloat16 elsewhere.
-
-    Raises:
-        UnknownModelError: it cannot be loaded, or no adapter knows the family.
-        ValueError: this installation has no embedded model.
-    """
-    return load_model(
-        embedded_folder() if str(name) == EMBEDDED else name, device=device, dtype=dtype
-    )
-
-
-def embedded_folder() -> Path:
-    """Where the embedded model's files are.
-
-    Raises:
-        ValueError: this installation has none.
-    """
-    spec = find_spec("foveate")
-    assert spec is not None and spec.origin is not None
-    folder = Path(spec.origin).parent / "weights" / "embedded"
-    if not (folder / "config.json").is_file():
-        raise ValueError(
-            "this installation has no embedded model; name a checkpoint's folder or hub id."
-        )
-    return folder
 
 
 def language_adapter(model: nn.Module) -> Adapter:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -22,11 +23,12 @@ from foveate.bench.generation import Generator, Tally, UntouchedCosts
 from foveate.bench.inputs import CACHE_BYTES, Prompt, Prompts
 from foveate.bench.matching import is_correct
 from foveate.bench.measure import measure_times, peak_memory
-from foveate.bench.model import describe_hardware, fingerprint, open_model
+from foveate.bench.model import describe_hardware, fingerprint
 from foveate.bench.plan import PlannedCell, plan_cells
 from foveate.bench.store import RunFolder, cell_key
 from foveate.bench.suite import Suite
 from foveate.bench.summary import BenchResult, read_result
+from foveate.checkpoints import load_model
 from foveate.core import Recipe
 
 #: Questions that are timed, each about another clip.
@@ -43,7 +45,7 @@ def run_bench(
     *,
     out: str | Path,
     processor: Any = None,
-    model_id: str | None = None,
+    model_name: str | None = None,
     frames: int = 16,
     batch: int = 8,
     max_new_tokens: int = 16,
@@ -70,13 +72,13 @@ def run_bench(
         suite: the questions: `WorldSuite`, `FolderSuite`, or your own `Suite`.
         out: folder of the results.
         processor: of a loaded model.
-        model_id: name of a loaded model in the results.
+        model_name: how the results call it; None: the given name, or the class.
         frames: frames taken evenly from every clip, at most all.
         batch: questions answered together; halved where a GPU's memory is too small.
         max_new_tokens: longest answer, in tokens.
         repeats: turns of the time measurement; 0 leaves time out.
         seed: for methods that draw at random.
-        device, dtype: of a model given by name; as in `open_model`.
+        device, dtype: of a model given by name; as in `foveate.checkpoints.load_model`.
         baselines: always add random, uniform and pool.
         cache_bytes: most memory for preprocessed clips, see `Prompts`.
         progress: told what is being done.
@@ -104,12 +106,14 @@ def run_bench(
     folder = RunFolder(out)
     if isinstance(model, nn.Module):
         if processor is None:
-            raise ValueError("a loaded model needs its processor; open_model gives both.")
-        name, loaded = model_id or type(model).__name__, model
+            raise ValueError(
+                "a loaded model needs its processor; foveate.checkpoints.load_model gives both."
+            )
+        name, loaded = model_name or type(model).__name__, model
     else:
         progress("load the model", 0, 1)
-        loaded, processor = open_model(model, device, dtype)
-        name = model_id or str(model)
+        loaded, processor = load_model(model, device=device, dtype=dtype)
+        name = model_name or str(model)
     prompts = Prompts(
         loaded,
         processor,
@@ -266,9 +270,8 @@ def _identity(model: nn.Module, name: str, suite: Suite, prompts: Prompts) -> di
     for prompt in prompts.prompts:
         tasks[prompt.item.task] = tasks.get(prompt.item.task, 0) + 1
     return {
-        "model": type(model).__name__,
-        "model_id": name,
-        "weights": fingerprint(model),
+        "model": name,
+        "model_id": f"{type(model).__name__}, weights {fingerprint(model)}",
         "suite": suite.name,
         "suite_args": suite.args,
         "items": len(prompts.prompts),
@@ -284,7 +287,7 @@ def _identity(model: nn.Module, name: str, suite: Suite, prompts: Prompts) -> di
         "transformers": transformers.__version__,
         "foveate": __version__,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
 
 

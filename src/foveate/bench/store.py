@@ -22,8 +22,8 @@ Key = tuple[str, float]
 
 #: What must agree for a run to go on in a folder: key of run.json -> how a message calls it.
 IDENTITY = {
-    "model_id": "model",
-    "weights": "weights of the model",
+    "model": "model",
+    "model_id": "class and weights of the model",
     "suite": "suite",
     "suite_args": "arguments of the suite",
     "items": "number of questions",

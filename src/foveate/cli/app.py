@@ -147,11 +147,11 @@ def show_command(
     as_json: Json = False,
 ) -> None:
     """Draw what a recipe keeps of a clip, on a real encoder."""
+    from foveate.checkpoints import open_clip
     from foveate.core import Recipe
     from foveate.view.costs import stages_not_run
     from foveate.view.html import check_destination, save_report
     from foveate.view.show import show_video
-    from foveate.view.sources import open_clip
 
     source = _chosen(video, sample)
     target = output if output is not None else None if as_json else Path("kept.html")

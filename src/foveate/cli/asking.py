@@ -11,12 +11,12 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 
+from foveate.checkpoints import load_model, open_clip, sample_frames
 from foveate.cli.output import facts, out, print_json, progress, recipe_line, stage_table
 from foveate.core import Recipe
-from foveate.view.answer import Answer, ask, load_model, sample_frames
+from foveate.view.answer import Answer, ask
 from foveate.view.charts import count, duration
 from foveate.view.html import check_destination, save_report
-from foveate.view.sources import open_clip
 
 _DTYPES = {
     "auto": None,

@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from foveate.view.answer import Answer, ask, load_model
+    from foveate.view.answer import Answer, ask
     from foveate.view.draw import draw_item, draw_kept
     from foveate.view.encoders import Encoder, load_encoder
     from foveate.view.html import render_report, save_report
@@ -20,7 +20,6 @@ _LAZY = {
     "draw_item": "foveate.view.draw",
     "draw_kept": "foveate.view.draw",
     "load_encoder": "foveate.view.encoders",
-    "load_model": "foveate.view.answer",
     "render_report": "foveate.view.html",
     "save_report": "foveate.view.html",
     "show_video": "foveate.view.show",
@@ -33,7 +32,6 @@ __all__ = [
     "draw_item",
     "draw_kept",
     "load_encoder",
-    "load_model",
     "render_report",
     "save_report",
     "show_video",

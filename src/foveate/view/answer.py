@@ -6,23 +6,19 @@ Legend: T frames.
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from foveate.attach import reduce
+from foveate.checkpoints import prepare, sample_frames
+from foveate.checkpoints.processors import sees_whole_frames
 from foveate.core import Method, Recipe, Report
-from foveate.errors import DamagedVideoWarning, UnknownModelError
-from foveate.models import adapter_for
-from foveate.models.encoders import EncoderAdapter
-from foveate.video import Clip, Frames
-from foveate.view.processors import load_processor, prepare, sees_whole_frames
-from foveate.view.sources import check_checkpoint, picture_sized
+from foveate.video import Frames
+from foveate.view.sources import picture_sized
 
 
 @dataclass(eq=False)
@@ -66,56 +62,6 @@ class Answer:
             "peak_memory_bytes": self.peak_memory,
             "report": self.report.as_dict(),
         }
-
-
-def load_model(
-    name: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
-) -> tuple[nn.Module, Any]:
-    """Load an image-text-to-text checkpoint of a known family, and its processor.
-
-    Args:
-        name: folder or hub id.
-        device: where to put it.
-        dtype: of its weights; None: float32 on CPU, bfloat16 elsewhere.
-
-    Raises:
-        UnknownModelError: it cannot be loaded, or no adapter knows the family.
-    """
-    from transformers import AutoModelForImageTextToText
-
-    if dtype is None:
-        dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
-    _check_family(name)
-    processor = load_processor(name)
-    try:
-        model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
-    except (OSError, ValueError, KeyError) as error:
-        raise UnknownModelError(f"cannot load {name}: {str(error).splitlines()[0]}") from error
-    return model.eval().to(device), processor  # pyright: ignore[reportArgumentType]
-
-
-def _check_family(name: str | Path) -> None:
-    """Refuse what has no adapter before gigabytes of weights are read."""
-    from transformers import AutoConfig
-
-    check_checkpoint(name)
-    try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        raise UnknownModelError(f"cannot load {name}: {str(error).splitlines()[0]}") from error
-    adapter = adapter_for(_Named(config))
-    if isinstance(adapter, EncoderAdapter):
-        raise UnknownModelError(
-            f"{name} is a vision encoder ({config.model_type}), which cannot answer: use `foveate "
-            "show` with it, or name a vision-language model."
-        )
-
-
-class _Named:
-    """Stands in for a model whose configuration alone is known."""
-
-    def __init__(self, config: Any) -> None:
-        self.config = config
 
 
 def ask(
@@ -184,18 +130,6 @@ def ask(
     if taken.damage:
         answer.report.notes.append(taken.damage.reason)
     return answer
-
-
-def sample_frames(source: Any, frames: int) -> Frames:
-    """Frames spread evenly over a clip, at most all; damage is recorded, not warned of.
-
-    Raises:
-        VideoError: the clip cannot be read.
-    """
-    clip = Clip.open(source)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DamagedVideoWarning)
-        return clip.sample(min(frames, len(clip)))
 
 
 def _placed(value: Any, like: torch.Tensor) -> Any:

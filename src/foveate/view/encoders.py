@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from foveate.attach.encoder import EncoderRun, EncoderStage
 from foveate.attach.features import TowerTap, cls_attention, patch_received
+from foveate.checkpoints.sources import check_checkpoint
 from foveate.core import Budget, Method
 from foveate.errors import FoveateError, UnknownModelError
 from foveate.models import adapter_for
@@ -24,7 +25,6 @@ from foveate.models.default_encoder import default_encoder, default_encoder_path
 from foveate.models.encoders import EncoderAdapter
 from foveate.models.tower import VisionTower
 from foveate.video import FrameTransform
-from foveate.view.sources import check_checkpoint
 
 #: DINOv2 patches are 14 pixels: 27 x 27 of them, the grid of SigLIP in LLaVA-OneVision.
 DEFAULT_SIZE = 378

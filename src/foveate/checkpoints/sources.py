@@ -1,0 +1,59 @@
+"""What people name on a command line: a video file, a single picture, a checkpoint."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+from foveate.errors import DamagedVideoWarning, UnknownModelError, UnsupportedVideoError
+from foveate.video import Clip, Frames
+
+_PICTURES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+
+
+def open_clip(source: Any) -> Clip:
+    """A clip of a video file, or of one frame when the file is a picture.
+
+    Raises:
+        VideoError: it cannot be read.
+    """
+    path = Path(source) if isinstance(source, (str, Path)) else None
+    if path is None or path.suffix.lower() not in _PICTURES or not path.is_file():
+        return Clip.open(source)
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as image:
+            upright = ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise UnsupportedVideoError(
+            f"cannot read the picture ({error})", source=str(path)
+        ) from error
+    return Clip([upright])
+
+
+def check_checkpoint(name: str | Path) -> None:
+    """Refuse a checkpoint that is plainly meant as a folder and is none.
+
+    Raises:
+        UnknownModelError: there is no such folder.
+    """
+    text = str(name)
+    is_path = isinstance(name, Path) or text.startswith((".", "~", "/")) or text.count("/") > 1
+    if is_path and not Path(text).expanduser().is_dir():
+        raise UnknownModelError(
+            f"{text}: no such folder; name the folder of a transformers checkpoint or its hub id."
+        )
+
+
+def sample_frames(source: Any, frames: int) -> Frames:
+    """Frames spread evenly over a clip, at most all; damage is recorded, not warned of.
+
+    Raises:
+        VideoError: the clip cannot be read.
+    """
+    clip = Clip.open(source)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DamagedVideoWarning)
+        return clip.sample(min(frames, len(clip)))
