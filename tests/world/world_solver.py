@@ -40,6 +40,11 @@ class Thing:
         x, y = columns.min() + columns.max() + 1, rows.min() + rows.max() + 1
         return np.array([x / 2 / width, y / 2 / height])
 
+    def there(self, frame: int, covered_THW: np.ndarray) -> bool:
+        """Whether it shows at the first or last frame, or is hidden: things cover its place."""
+        place_HW = self.mask_THW[self.seen[frame]]
+        return bool(self.area_T[frame]) or bool(covered_THW[frame][place_HW].mean() > 0.9)
+
     def way(self) -> np.ndarray:
         """How far it gets between the first and the last frame that show most of it."""
         clear = np.flatnonzero(self.area_T >= 0.7 * self.area_T.max())
@@ -112,10 +117,12 @@ def needle(question: Question, found: list[Thing], named: list[Thing]) -> str:
 
 def change(question: Question, found: list[Thing], named: list[Thing]) -> str:
     new = "new" in question.text
+    covered_THW = np.logical_or.reduce([one.mask_THW for one in found])
     (shape,) = {
         one.shape
         for one in found
-        if one.kind != "speck" and (bool(one.area_T[-1]), bool(one.area_T[0])) == (new, not new)
+        if one.kind != "speck"
+        and (one.there(-1, covered_THW), one.there(0, covered_THW)) == (new, not new)
     }
     return shape
 
