@@ -40,8 +40,8 @@ def dense_labels(
         cell: side of a cell, pixels.
 
     Returns:
-        kinds int64 [T, N] (0: nothing), colours int64 [T, N] (-1: none) and places float32 [T, N, 2]:
-        from the cell's centre to the sprite's, in fractions of the frame.
+        kinds int64 [T, N] (0: nothing), colours int64 [T, N] (-1: none) and places float32
+        [T, N, 2]: from the cell's centre to the sprite's, in fractions of the frame.
     """
     T, H, W = masks_THW.shape
     rows, columns = H // cell, W // cell

@@ -1,7 +1,7 @@
 """`foveate train embedded`: the video LLM that ships with the package, from nothing to weights.
 
-Three stages: the tower on labels of patches; the language model on questions and captions, the tower
-frozen; everything together.
+Three stages: the tower on labels of patches; the language model on questions and captions, the
+tower frozen; everything together.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ class EmbeddedTraining:
             ValueError: `resume` with other settings than those the folder was begun with.
         """
         self._claim()
-        model = build_model(self.size, self.seed).to(self.device)
+        model: Any = build_model(self.size, self.seed)
+        model.to(self.device)
         if torch.device(self.device).type == "cpu":
             # Fused attention is slow on CPU in the backward pass of many short sequences.
             model.set_attn_implementation({"vision_config": "eager"})
@@ -80,6 +81,8 @@ class EmbeddedTraining:
             )
             run.train(lambda steps, data=data: batches(data, steps, self.workers), tell)
             runs.append(run)
+        # What is evaluated is what is stored: weights rounded to the stored type.
+        model.to(getattr(torch, self.size.dtype)).float()
         card = self._card(model, runs)
         save_pretrained(model.to(getattr(torch, self.size.dtype)), self.size, self.folder)
         (self.folder / "card.json").write_text(json.dumps(card, indent=1) + "\n")

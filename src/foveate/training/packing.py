@@ -58,9 +58,9 @@ def pack(rows: Sequence[Sequence[Exchange]], visual_tokens: int) -> dict[str, Te
 
     Returns:
         int64 [B, L]: ``ids``; ``positions``; ``segments`` (0 for the shared beginning, 1, 2, ...
-        for the exchanges, -1 for padding); ``labels`` (the token that each position should predict,
-        or -100); float [B, L] ``weights``; and bool [B, L] ``first``: labels that are the first word
-        of an answer.
+        for the exchanges, -1 for padding); ``labels`` (the token that each position should
+        predict, or -100); float [B, L] ``weights``; and bool [B, L] ``first``: labels that are the
+        first word of an answer.
     """
     start = [IDS[USER], *[IDS[VIDEO]] * visual_tokens]
     packed = []

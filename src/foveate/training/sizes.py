@@ -95,8 +95,9 @@ SIZES: dict[str, Size] = {
         vision=(128, 4, 4, 512),
         text=(192, 5, 6, 3, 512),
         tower=Stage(1600, 64, 3e-3),
-        answers=Stage(9000, 16, 1e-3, 200),
-        joint=Stage(1500, 16, 3e-4),
+        answers=Stage(4800, 16, 2e-3, 200),
+        joint=Stage(800, 16, 5e-4, 50),
+        dtype="bfloat16",
     ),
     # For one data-centre GPU: 785 visual tokens a clip, 10 million parameters.
     "base": Size(
