@@ -94,7 +94,7 @@ class Settings:
     """The model arguments of the harness, checked.
 
     Attributes:
-        pretrained: folder or hub id of a checkpoint of a known family.
+        pretrained: folder or hub id of a checkpoint of a known family, or "embedded".
         recipe: what to do; None leaves the model untouched.
         retain: fraction of visual tokens kept, in (0, 1].
         tokens: absolute count kept per image or video instead.
