@@ -91,8 +91,8 @@ def write_run(
     ease -= np.array([0.25 * tasks.index(task) for task in task_of])
     run = {
         "version": 1,
-        "model": "LlavaOnevisionForConditionalGeneration",
-        "model_id": "foveate/embedded",
+        "model": "models/embedded",
+        "model_id": "LlavaOnevisionForConditionalGeneration, weights 97a556e3",
         "suite": "world",
         "suite_args": {"clips": clips, "seed": 0},
         "items": items,

@@ -102,7 +102,8 @@ def test_the_page_is_well_formed_and_loads_and_runs_nothing(run: Path, page: ET.
 def test_the_head_says_what_was_run(page: ET.Element) -> None:
     head = words(next(page.iter("header")))
     for phrase in (
-        "foveate/embedded",
+        "of class LlavaOnevision",
+        "model models/embedded",
         "world (clips 40, seed 0)",
         "200 about 40 clips in 10 tasks",
         "2 cores",
@@ -120,7 +121,7 @@ def test_nothing_from_outside_is_taken_for_markup(tmp_path: Path) -> None:
     evil = 'x" onload="a(1)"><b>&amp;|`'
     write_run(tmp_path, recipes=((evil, "projector", 1.0, 0.8),), tasks=("<i>t", "u"), clips=8)
     run = json.loads((tmp_path / "run.json").read_text())
-    run |= {"model_id": "<u>m</u>", "command": "</pre><b>", "hardware": "&nbsp;"}
+    run |= {"model": "<u>m</u>", "command": "</pre><b>", "hardware": "&nbsp;"}
     (tmp_path / "run.json").write_text(json.dumps(run))
     page = parsed(render_report(read_results(tmp_path)))
     assert not [n for n in page.iter() if n.tag in ("i", "u")]

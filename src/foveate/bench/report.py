@@ -124,7 +124,7 @@ def render_report(results: Results) -> str:
 
 def _model(results: Results) -> str:
     """A model's name; of a folder its last part, which is what people call it by."""
-    name = str(results.run.get("model_id") or results.run.get("model") or "a model")
+    name = str(results.run.get("model") or results.run.get("model_id") or "a model")
     return Path(name).name or name
 
 
@@ -137,8 +137,8 @@ def _facts(results: Results) -> str:
             f"{name} {_plain(value)}" for name, value in given.items() if value is not None
         )
     facts = (
-        ("model", run.get("model_id") if run.get("model_id") != _model(results) else None),
-        ("architecture", run.get("model") if run.get("model") != run.get("model_id") else None),
+        ("model", run.get("model") if run.get("model") != _model(results) else None),
+        ("of class", run.get("model_id") if run.get("model_id") != run.get("model") else None),
         ("suite", f"{run['suite']} ({options})" if options else run.get("suite")),
         ("questions", _asked(results)),
         ("frames", run.get("frames")),

@@ -118,7 +118,8 @@ def _provenance(results: Results) -> str:
     told = [
         f"{run['items']:,} questions" if run.get("items") else "",
         f"suite {run['suite']}" if run.get("suite") else "",
-        f"model {run.get('model_id') or run['model']}" if run.get("model") else "",
+        f"model {run['model']}" if run.get("model") else "",
+        str(run.get("model_id") or ""),
         str(run.get("hardware") or ""),
         " ".join(str(run[k]) for k in ("device", "dtype") if run.get(k)),
         f"foveate {run['foveate']}" if run.get("foveate") else "",

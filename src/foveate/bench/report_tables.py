@@ -28,8 +28,9 @@ def costs(results: Results, styles: Styles) -> str:
 
 
 def losses(results: Results, styles: Styles) -> str:
-    """A heat table of the questions lost against the untouched model; "" without that model."""
-    if results.untouched is None or not results.untouched.answers:
+    """A heat table of questions lost against the untouched model; "" where it has none to lose."""
+    untouched = results.untouched
+    if untouched is None or not any(a.correct for a in untouched.answers.values()):
         return ""
     return _per_budget(results, "loss", lambda budget: _losses_at(results, styles, budget))
 

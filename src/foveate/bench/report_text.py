@@ -43,7 +43,7 @@ def tokens(value: float | None) -> str:
     """A mean number of tokens: at most one digit behind the point, none from 100 on."""
     if value is None:
         return DASH
-    return f"{value:,.0f}" if value >= 100 or value == round(value) else f"{value:.1f}"
+    return f"{value:,.0f}" if value >= 100 or abs(value - round(value)) < 1e-6 else f"{value:.1f}"
 
 
 def digits(value: float) -> str:
