@@ -118,7 +118,7 @@ def _cell_line(line: Mapping[str, Any]) -> str:
 def _print(result: BenchResult) -> None:
     console, run = out(), result.run
     console.print(
-        f"[bold]{escape(run['model_id'])}[/] on {escape(run['suite'])}: {run['items']} questions "
+        f"[bold]{escape(run['model'])}[/] on {escape(run['suite'])}: {run['items']} questions "
         f"about {run['clips']} clips, {run['frames']} frames, {run['dtype']}, "
         f"{escape(run['hardware'])}\n"
     )
