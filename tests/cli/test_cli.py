@@ -116,6 +116,10 @@ def test_the_options_are_frozen() -> None:
             *("--max-new-tokens", "--model", "--out", "--recipes", "--repeats", "--retain"),
             *("--seed", "--suite", "--tasks", "-m", "-o", "-r"),
         ],
+        "world": [
+            *("--clips", "--first", "--format", "--fps", "--frames", "--json", "--masks"),
+            *("--natural", "--seed", "--size", "--split", "--tasks", "folder"),
+        ],
     }
 
 

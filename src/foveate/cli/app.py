@@ -22,6 +22,7 @@ from foveate.cli.output import (
     segment_line,
     stage_table,
 )
+from foveate.cli.worlding import world_command
 
 app = typer.Typer(
     name="foveate",
@@ -253,6 +254,7 @@ def ask_command(
 
 
 app.command("bench")(bench_command)
+app.command("world")(world_command)
 
 
 def _chosen(video: Path | None, sample: str | None) -> Any:

@@ -28,7 +28,7 @@ SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 def _sides(size: int | tuple[int, int]) -> tuple[int, int]:
     """Height and width in pixels."""
-    sides = (size, size) if isinstance(size, Integral) else tuple(size)
+    sides = tuple(size) if isinstance(size, Sequence) else (size, size)
     if len(sides) != 2:
         raise ValueError(f"size is one side or (height, width) in pixels, got {size}.")
     if min(sides) < 16:
