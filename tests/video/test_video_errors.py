@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from foveate.errors import MissingDependencyError
 from foveate.video import (
     Clip,
     DamagedVideoError,
@@ -33,6 +34,7 @@ from foveate.video import (
     VideoSourceError,
     sample_clip,
 )
+from foveate.video.source import import_av
 
 av = pytest.importorskip("av")
 pytestmark = pytest.mark.timeout(60)
@@ -460,3 +462,11 @@ def test_demuxing_goes_on_after_trouble_but_not_for_ever():
             raise broken
 
     assert list(demux(Hopeless(), None)) == []
+
+
+def test_old_pyav_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(av, "__version__", "15.1.0")
+    with pytest.raises(MissingDependencyError, match=r"PyAV 15\.1\.0 .* 17\.1 or newer"):
+        import_av()
+    monkeypatch.setattr(av, "__version__", "17.1.0rc1")
+    assert import_av() is av

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import stat
 import threading
 from collections.abc import Iterator
@@ -34,6 +35,8 @@ FORMATS = (
 )
 # For reads that block inside FFmpeg (network drives); local files never come near it.
 TIMEOUT_SECONDS = 60.0
+#: Earlier releases of PyAV crash the process on some damaged and rare files.
+_OLDEST_AV = (17, 1)
 
 _MAGIC: tuple[tuple[int, bytes, str], ...] = (
     (4, b"ftyp", "an MP4/MOV"),
@@ -53,7 +56,7 @@ def import_av() -> Any:
     """PyAV, or an error that says how to get it.
 
     Raises:
-        MissingDependencyError: PyAV is not installed.
+        MissingDependencyError: PyAV is not installed, or older than 17.1.
     """
     try:
         import av
@@ -61,6 +64,12 @@ def import_av() -> Any:
         raise MissingDependencyError(
             'decoding video files needs PyAV: pip install "foveate[video]"'
         ) from error
+    version = tuple(int(part) for part in re.findall(r"\d+", av.__version__)[:2])
+    if version < _OLDEST_AV:
+        raise MissingDependencyError(
+            f"PyAV {av.__version__} crashes on some files; decoding needs 17.1 or newer: "
+            'pip install --upgrade "av>=17.1"'
+        )
     return av
 
 
