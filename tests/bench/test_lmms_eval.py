@@ -21,9 +21,8 @@ from PIL import Image
 
 from foveate.attach import reduce
 from foveate.bench import lmms_eval
-from foveate.bench.chats import prepare_chats, read_chat
 from foveate.bench.lmms_eval import Answerer, Settings, cut_at, generation_arguments, read_recipe
-from foveate.checkpoints import load_model
+from foveate.checkpoints import load_model, prepare_chats, read_chat
 from foveate.core import Recipe
 from foveate.errors import MissingDependencyError, RecipeError, VideoError
 from foveate.video import Clip

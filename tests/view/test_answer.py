@@ -8,8 +8,8 @@ import torch
 from checkpoints import FAMILIES, PACKED_SETTINGS, save_checkpoint, square
 from PIL import Image
 
-from foveate.checkpoints import load_model, sample_frames
-from foveate.checkpoints.processors import NoVideo, PackedFrames, StackedFrames, fit_pixels, prepare
+from foveate.checkpoints import load_model, prepare, sample_frames
+from foveate.checkpoints.processors import NoVideo, PackedFrames, StackedFrames, fit_pixels
 from foveate.errors import UnknownModelError
 from foveate.video import Clip
 from foveate.view import ask

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate.attach import reduce
-from foveate.bench.chats import Chat, prepare_chats, read_chat
+from foveate.checkpoints import Chat, prepare_chats, read_chat
 from foveate.core import Budget, Recipe, Report
 from foveate.errors import MissingDependencyError, RecipeError, VideoError
 

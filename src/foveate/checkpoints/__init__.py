@@ -1,16 +1,20 @@
 """Checkpoints by name: models, their processors, the inputs they take, and the embedded one."""
 
+from foveate.checkpoints.chats import Chat, prepare, prepare_chats, read_chat
 from foveate.checkpoints.loading import EMBEDDED, embedded, embedded_folder, load_model
-from foveate.checkpoints.processors import load_processor, prepare
+from foveate.checkpoints.processors import load_processor
 from foveate.checkpoints.sources import open_clip, sample_frames
 
 __all__ = [
     "EMBEDDED",
+    "Chat",
     "embedded",
     "embedded_folder",
     "load_model",
     "load_processor",
     "open_clip",
     "prepare",
+    "prepare_chats",
+    "read_chat",
     "sample_frames",
 ]

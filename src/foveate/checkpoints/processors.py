@@ -12,14 +12,13 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from foveate.errors import FoveateError, UnknownModelError
-from foveate.video import Frames, FrameTransform
+from foveate.video import FrameTransform
 from foveate.video.resize import resize
 
 #: Processor classes whose videos are frames of one size, [1, T, 3, h, w].
@@ -217,67 +216,12 @@ def fit_pixels(
     return rows * factor, columns * factor
 
 
-def prepare(processor: Any, frames: Frames, question: str, is_image: bool) -> dict[str, Tensor]:
-    """Model inputs for one picture or video and a question.
-
-    Uses the checkpoint's chat template, and a plain prompt when it has none.
-
-    Raises:
-        FoveateError: the processor takes no videos.
-    """
-    kind = "image" if is_image else "video"
-    token = getattr(processor, f"{kind}_token", None)
-    if token is None:
-        raise UnknownModelError(
-            f"{type(processor).__mro__[1].__name__ if not is_image else type(processor).__name__} "
-            f"takes no {kind}s; name a checkpoint that does."
-        )
-    content = [{"type": kind}, {"type": "text", "text": question}]
-    if getattr(processor, "chat_template", None):
-        chat = [{"role": "user", "content": content}]
-        text = processor.apply_chat_template(chat, add_generation_prompt=True)
-    else:
-        text = f"USER: {token}\n{question} ASSISTANT:"
-    options: dict[str, Any] = {"text": [text], "return_tensors": "pt"}
-    if is_image:
-        from PIL import Image
-
-        options["images"] = [Image.fromarray(frames.pixels[0].permute(1, 2, 0).numpy())]
-    else:
-        options["videos"] = [frames.pixels]
-        stand_in = isinstance(processor.video_processor, (StackedFrames, PackedFrames, NoVideo))
-        if stand_in:
-            # At one frame per second an index is a time, whatever the clip's own rate.
-            seconds = frames.seconds.tolist()
-            rate = (len(seconds) - 1) / max(seconds[-1] - seconds[0], 1e-6)
-            times = SimpleNamespace(fps=1.0, frames_indices=seconds, sampled_fps=rate)
-            options["video_metadata"] = [times]
-        else:
-            options["do_sample_frames"] = False
-            options["video_metadata"] = [_metadata(frames)]
-    return dict(processor(**options))
-
-
 def sees_whole_frames(processor: Any) -> bool:
     """Whether it is known that frames of videos are scaled but never cropped."""
     stand_in = getattr(processor, "video_processor", None)
     if isinstance(stand_in, StackedFrames):
         return stand_in.transform.crop_size is None
     return isinstance(stand_in, PackedFrames)
-
-
-def _metadata(frames: Frames) -> Any:
-    from transformers.video_utils import VideoMetadata
-
-    seconds, index = frames.seconds, frames.index
-    span = float(seconds[-1] - seconds[0])
-    fps = float(index[-1] - index[0]) / span if span > 0 else 1.0
-    return VideoMetadata(
-        total_num_frames=int(index[-1]) + 1,
-        fps=fps,
-        duration=float(seconds[-1]),
-        frames_indices=index.tolist(),
-    )
 
 
 def _flat(videos: Any) -> list[Tensor]:

@@ -137,6 +137,34 @@ def prepare_chats(processor: Any, chats: Sequence[Chat]) -> dict[str, Tensor]:
     return inputs
 
 
+def prepare(processor: Any, frames: Frames, question: str, is_image: bool) -> dict[str, Any]:
+    """Model inputs for one picture or video and a question.
+
+    Args:
+        processor: of the checkpoint.
+        frames: of the clip, or the one picture.
+        question: in words.
+        is_image: whether the first frame is shown as an image.
+
+    Raises:
+        UnknownModelError: the processor takes no videos or images.
+    """
+    kind = "image" if is_image else "video"
+    content = [{"type": kind}, {"type": "text", "text": question}]
+    chat = Chat([{"role": "user", "content": content}])
+    if is_image:
+        chat.images.append(_picture(frames))
+    else:
+        chat.videos.append(frames)
+    return prepare_chats(processor, [chat])
+
+
+def _picture(frames: Frames) -> Any:
+    from PIL import Image
+
+    return Image.fromarray(frames.pixels[0].permute(1, 2, 0).numpy())
+
+
 def _prompt(processor: Any, chat: Chat) -> str:
     if getattr(processor, "chat_template", None):
         return processor.apply_chat_template(chat.turns, tokenize=False, add_generation_prompt=True)
