@@ -70,11 +70,15 @@ def world_command(
     asked = ", ".join(f"{task} {count}" for task, count in done["tasks"].items())
     console = out()
     console.print(
-        f"wrote {done['clips']} clips and {done['questions']} questions to "
+        f"wrote {_some(done['clips'], 'clip')} and {_some(done['questions'], 'question')} to "
         f"[bold]{escape(str(folder))}[/]"
     )
     console.print(f"[dim]questions[/] {asked}")
     console.print(f"[dim]look at[/] {escape(str(folder / 'overview.png'))}")
+
+
+def _some(count: int, thing: str) -> str:
+    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
 
 
 def _sides(text: str) -> int | tuple[int, int]:
