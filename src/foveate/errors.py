@@ -107,3 +107,7 @@ class UnknownModelError(FoveateError, ValueError):
 
 class UnsupportedModelError(FoveateError, ValueError):
     """The family is known, but this model is configured in a way its adapter cannot handle."""
+
+
+class TrainingError(FoveateError, ArithmeticError):
+    """A training went wrong in a way that going on would not repair."""

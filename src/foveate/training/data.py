@@ -18,7 +18,7 @@ from foveate.training.sizes import Size
 from foveate.world import Question, Sample, World, render
 from foveate.world.draw import Draw
 
-#: Longest list of exchanges about one clip, the caption excepted.
+#: Longest list of exchanges about one clip, not counting the caption.
 MAX_QUESTIONS = 10
 #: Questions of one task about one clip.
 PER_TASK = 2
@@ -111,13 +111,23 @@ class AnswerBatches(Dataset):
         return asked
 
 
-def batches(data: Dataset, steps: range, workers: int) -> Iterator[dict[str, Any]]:
-    """The batches of these steps, in order, made ahead in worker processes (0: in this one)."""
+def batches(
+    data: Dataset, steps: range, workers: int, *, pinned: bool = False
+) -> Iterator[dict[str, Any]]:
+    """The batches of these steps, in order.
+
+    Args:
+        data: step -> batch.
+        steps: which.
+        workers: processes that make batches ahead; 0: made here, when they are needed.
+        pinned: in page-locked memory, from where copies to a GPU need not wait.
+    """
     loader = DataLoader(
         data,
         batch_size=None,
         sampler=list(steps),
         num_workers=workers,
         prefetch_factor=4 if workers else None,
+        pin_memory=pinned,
     )
     return iter(loader)

@@ -7,10 +7,13 @@ tower frozen; everything together.
 from __future__ import annotations
 
 import json
+import os
 import platform
+import shutil
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import foveate
 from foveate.training.data import AnswerBatches, TowerBatches, batches
 from foveate.training.dense import DenseHeads
 from foveate.training.evaluate import VIEWS, summary, world_accuracy
@@ -26,23 +30,41 @@ from foveate.training.model import build_model, normalise, save_pretrained
 from foveate.training.packing import packed_hidden, visual_tokens
 from foveate.training.sizes import Size
 
-#: Clips of different stages never meet.
+#: The stages in order, as attributes of a size.
+STAGES = ("tower", "answers", "joint")
+#: Number of the first clip of each: clips of different stages never meet.
 _FIRST_CLIP = {"tower": 0, "answers": 10_000_000, "joint": 20_000_000}
 _STATE = "training.json"
+_WEIGHTS = "model.safetensors"
 
 
 @dataclass
 class EmbeddedTraining:
     """Training of one size, in one folder.
 
+    The folder holds the settings (`training.json`), a checkpoint of each stage (`tower.pt`,
+    `answers.pt`, `joint.pt`) and at the end the model with its `card.json`. A training that is
+    killed at any moment goes on from the last checkpoint, to the same weights on the same machine.
+
     Attributes:
         size: which.
         folder: where checkpoints and the finished model go.
-        device: where to train.
+        device: where to train: "cpu", "cuda", "cuda:1".
         seed: of weights and clips.
-        workers: processes that make clips.
+        workers: processes that make clips; 0: made in this one.
         clips: held-out clips of the final evaluation.
-        resume: go on in a folder that has been trained in.
+        resume: go on in a folder that has been trained in; a new folder is begun all the same.
+        every: steps between checkpoints.
+
+    Raises:
+        ValueError: a number is out of range.
+
+    Example:
+        >>> from foveate.training.sizes import size_named
+        >>> training = EmbeddedTraining(size_named("tiny"), Path("tiny"), workers=0, clips=4)
+        >>> card = training.run()
+        >>> list(card["stages"])
+        ['tower', 'answers', 'joint']
     """
 
     size: Size
@@ -52,18 +74,30 @@ class EmbeddedTraining:
     workers: int = 1
     clips: int = 1024
     resume: bool = False
+    every: int = 200
+
+    def __post_init__(self) -> None:
+        for name, least in (("workers", 0), ("clips", 1), ("every", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
 
     def run(self, tell: Tell = lambda *_: None) -> dict[str, Any]:
         """Train what is left, evaluate, write the model and its card; returns the card.
 
+        Args:
+            tell: called with the stage (at last "evaluation"), steps done, steps of the stage and
+                means since the last call.
+
         Raises:
-            FileExistsError: the folder holds a finished model, or a training and `resume` is off.
+            FileExistsError: the folder holds a finished model, or a training and `resume` is off,
+                or something else.
             ValueError: `resume` with other settings than those the folder was begun with.
+            TrainingError: the loss or a gradient is not finite.
         """
         self._claim()
         model: Any = build_model(self.size, self.seed)
         model.to(self.device)
-        if torch.device(self.device).type == "cpu":
+        if not self._on_gpu:
             # Fused attention is slow on CPU in the backward pass of many short sequences.
             model.set_attn_implementation({"vision_config": "eager"})
         with torch.random.fork_rng(devices=[]):
@@ -71,52 +105,72 @@ class EmbeddedTraining:
             heads = DenseHeads(self.size.vision[0], self.size.text[0]).to(self.device)
         model.train()
         runs = []
-        for name in ("tower", "answers", "joint"):
+        for name in STAGES:
             run = self._prepare(name, model, heads)
-            first = _FIRST_CLIP[name]
-            data = (
-                TowerBatches(self.size, self.seed, first)
-                if name == "tower"
-                else AnswerBatches(self.size, self.seed, run.stage.clips, first)
-            )
-            run.train(lambda steps, data=data: batches(data, steps, self.workers), tell)
+            run.train(partial(self._batches, run), tell)
             runs.append(run)
         # What is evaluated is what is stored: weights rounded to the stored type.
         model.to(getattr(torch, self.size.dtype)).float()
-        card = self._card(model, runs)
-        save_pretrained(model.to(getattr(torch, self.size.dtype)), self.size, self.folder)
-        (self.folder / "card.json").write_text(json.dumps(card, indent=1) + "\n")
+        card = self._card(model, runs, tell)
+        self._finish(model.to(getattr(torch, self.size.dtype)), card)
         return card
+
+    # -- folder ---------------------------------------------------------------------------------
 
     def _claim(self) -> None:
         """Take the folder, or refuse it."""
         file = self.folder / _STATE
-        if (self.folder / "model.safetensors").exists():
+        if (self.folder / _WEIGHTS).exists():
             raise FileExistsError(
                 f"{self.folder} holds a finished model; name another folder or move it away."
             )
-        settings = {"size": self.size.as_dict(), "seed": self.seed}
-        settings = json.loads(json.dumps(settings))
+        settings = json.loads(json.dumps({"size": self.size.as_dict(), "seed": self.seed}))
         if file.exists():
             if not self.resume:
                 raise FileExistsError(
-                    f"{self.folder} holds a training that was begun; go on with --resume, or name "
-                    "another folder."
+                    f"{self.folder} holds a training that was begun; go on with --resume "
+                    "(resume=True), or name another folder."
                 )
-            begun = json.loads(file.read_text())
-            if begun != settings:
+            if differing := _differing(json.loads(file.read_text()), settings):
                 raise ValueError(
-                    f"{self.folder} was begun with other settings than these: {begun} is not "
-                    f"{settings}."
+                    f"{self.folder} was begun with other settings: {differing}; go on with those, "
+                    "or name another folder."
                 )
-        elif self.folder.exists() and any(self.folder.iterdir()):
+            return
+        if self.folder.exists() and any(self.folder.iterdir()):
             raise FileExistsError(f"{self.folder} is not empty; name a new folder.")
         self.folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(settings, indent=1) + "\n")
+        draft = file.with_suffix(".tmp")
+        draft.write_text(json.dumps(settings, indent=1) + "\n")
+        os.replace(draft, file)  # noqa: PTH105
+
+    def _finish(self, model: Any, card: dict[str, Any]) -> None:
+        """Write the model and its card, the weights last: where they are, everything is."""
+        draft = self.folder / "finished.tmp"
+        shutil.rmtree(draft, ignore_errors=True)
+        save_pretrained(model, self.size, draft)
+        (draft / "card.json").write_text(json.dumps(card, indent=1) + "\n")
+        for file in sorted(draft.iterdir(), key=lambda file: file.name == _WEIGHTS):
+            os.replace(file, self.folder / file.name)  # noqa: PTH105
+        draft.rmdir()
 
     # -- stages ---------------------------------------------------------------------------------
 
+    @property
+    def _on_gpu(self) -> bool:
+        return torch.device(self.device).type == "cuda"
+
+    def _batches(self, run: Run, steps: range) -> Iterable[dict[str, Any]]:
+        """The data of a stage."""
+        first = _FIRST_CLIP[run.name]
+        if run.name == "tower":
+            data = TowerBatches(self.size, self.seed, first)
+        else:
+            data = AnswerBatches(self.size, self.seed, run.stage.clips, first)
+        return batches(data, steps, self.workers, pinned=self._on_gpu)
+
     def _prepare(self, name: str, model: Any, heads: DenseHeads) -> Run:
+        """A stage with its optimisers, everything else frozen or left out."""
         inner = model.model
         stage = getattr(self.size, name)
         model.requires_grad_(True)
@@ -141,7 +195,7 @@ class EmbeddedTraining:
                 return answer_loss(model, self._on_device(batch), frozen=name == "answers")
 
         modules = {"model": model, "heads": heads}
-        return Run(name, stage, modules, optimisers, loss, self.folder)
+        return Run(name, stage, modules, optimisers, loss, self.folder, self.every)
 
     def _on_device(self, batch: Any) -> Any:
         if isinstance(batch, dict):
@@ -154,18 +208,19 @@ class EmbeddedTraining:
 
     # -- result ---------------------------------------------------------------------------------
 
-    def _card(self, model: Any, runs: Iterable[Run]) -> dict[str, Any]:
+    def _card(self, model: Any, runs: Iterable[Run], tell: Tell) -> dict[str, Any]:
+        """What was trained, how, on what, and how well it answers."""
         began = time.perf_counter()
-        accuracy = {
-            view: summary(
-                world_accuracy(
-                    model, self.size, seed=self.seed, split="test", clips=self.clips, view=view
-                )
+        accuracy = {}
+        for done, view in enumerate(VIEWS):
+            tell("evaluation", done, len(VIEWS), {})
+            counts = world_accuracy(
+                model, self.size, seed=self.seed, split="test", clips=self.clips, view=view
             )
-            for view in VIEWS
-        }
-        runs = list(runs)
+            accuracy[view] = summary(counts)
+        tell("evaluation", len(VIEWS), len(VIEWS), {})
         return {
+            "foveate": foveate.__version__,
             "size": self.size.as_dict(),
             "seed": self.seed,
             "parameters": sum(p.numel() for p in model.parameters()),
@@ -185,6 +240,18 @@ class EmbeddedTraining:
             "test": {"split": "test", "clips": self.clips, "accuracy": accuracy},
             "evaluation_seconds": round(time.perf_counter() - began, 1),
         }
+
+
+def _differing(begun: dict[str, Any], settings: dict[str, Any], name: str = "") -> str:
+    """Where two nested settings differ, in words; empty when they agree."""
+    found = []
+    for key in dict.fromkeys([*begun, *settings]):
+        was, now, path = begun.get(key), settings.get(key), f"{name}{key}"
+        if isinstance(was, dict) and isinstance(now, dict):
+            found.append(_differing(was, now, f"{path}."))
+        elif was != now:
+            found.append(f"{path} was {was}, is {now}")
+    return "; ".join(part for part in found if part)
 
 
 def answer_loss(

@@ -61,39 +61,51 @@ def world_accuracy(
         natural: fraction of natural backgrounds; None: as in training.
 
     Raises:
-        ValueError: an unknown view.
+        ValueError: an unknown view, or no clips.
     """
+    if clips < 1 or batch < 1:
+        raise ValueError(f"clips and batch must be at least 1, got {clips} and {batch}.")
     if view not in VIEWS:
         raise ValueError(f"unknown view {view!r}; choose one of {', '.join(VIEWS)}.")
-    data = AnswerBatches(size, seed, batch, split=split, captions=False)
-    if natural is not None:
-        data.world.natural = natural
     device = next(model.parameters()).device
     was_training, _ = model.training, model.eval()
     counts = {task: [0, 0] for task in TASKS}
-    for step in range(clips // batch):
-        made = data[step]
+    for step, first in enumerate(range(0, clips, batch)):
+        data = AnswerBatches(
+            size, seed, min(batch, clips - first), first, split=split, captions=False
+        )
+        if natural is not None:
+            data.world.natural = natural
+        made = data[0]
         frames = VIEWS[view](made.pop("frames"), f"{seed}/{split}/{step}").to(device)
         made = {name: value.to(device) for name, value in made.items()}
         visual_BVD = visual_tokens(model, frames)
         hidden_BLD = packed_hidden(model, visual_BVD, made)
         said = model.lm_head(hidden_BLD[made["first"]]).argmax(-1).tolist()
         meant = made["labels"][made["first"]].tolist()
-        for task, word, right in zip(_tasks(data, step), said, meant, strict=True):
+        for task, word, right in zip(_tasks(data), said, meant, strict=True):
             counts[task][0] += word == right
             counts[task][1] += 1
     model.train(was_training)
     return {task: (right, asked) for task, (right, asked) in counts.items()}
 
 
-def _tasks(data: AnswerBatches, step: int) -> list[str]:
-    """Task of each packed question of a step, in order."""
-    samples = (data.world.sample(data.first + step * data.clips + i) for i in range(data.clips))
+def _tasks(data: AnswerBatches) -> list[str]:
+    """Task of each packed question of the first step, in order."""
+    samples = (data.world.sample(data.first + index) for index in range(data.clips))
     return [question.task for sample in samples for question in data.asked(sample)]
 
 
 def summary(counts: dict[str, tuple[int, int]]) -> dict[str, float]:
-    """Accuracy of each task with questions, and overall (every question counts the same)."""
+    """Accuracy of each task with questions, and overall (every question counts the same).
+
+    Args:
+        counts: right and asked questions of each task, from `world_accuracy`.
+
+    Example:
+        >>> summary({"what": (3, 4), "where": (1, 4), "when": (0, 0)})
+        {'overall': 0.5, 'what': 0.75, 'where': 0.25}
+    """
     table = {task: right / asked for task, (right, asked) in counts.items() if asked}
     right, asked = (sum(column) for column in zip(*counts.values(), strict=True))
     return {"overall": right / max(asked, 1), **table}

@@ -18,11 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from foveate.errors import TrainingError
 from foveate.training.sizes import Stage
 
-#: Called with the name of the stage, the step, the number of steps and facts about the step.
+#: Called with the name of the stage, steps done, steps of the stage and means since the last call.
 Tell = Callable[[str, int, int, dict[str, float]], None]
+#: Learning rate of the last step, as a fraction of the peak.
 _END_RATE = 0.05
+#: Largest norm of the gradient.
 _CLIP = 1.0
 
 
@@ -43,6 +46,8 @@ def make_optimisers(
     groups: Iterable[tuple[nn.Module, float]], rate: float
 ) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the networks, AdamW for everything else.
+
+    Only parameters that require a gradient are taken; embeddings are tables and count as the rest.
 
     Args:
         groups: modules and the factor on the learning rate of each.
@@ -84,6 +89,8 @@ class Run:
         loss: batch -> (loss, facts).
         folder: of checkpoints.
         every: steps between checkpoints.
+        report_every: steps between reports.
+        seconds: spent in the steps so far, over all runs that were needed.
         history: facts of past steps, one dictionary per report.
     """
 
@@ -104,21 +111,31 @@ class Run:
         return self.folder / f"{self.name}.pt"
 
     def train(self, batches: Callable[[range], Iterable[dict[str, Any]]], tell: Tell) -> None:
-        """Run what is left of the stage."""
-        first = self.load()
+        """Run what is left of the stage.
+
+        Args:
+            batches: the batches of a range of steps, in order.
+            tell: called with no facts where the stage goes on, and with facts from there on.
+
+        Raises:
+            TrainingError: the loss or a gradient is not finite; the checkpoint is older and sound.
+        """
+        steps = range(self.load(), self.stage.steps)
+        tell(self.name, steps.start, steps.stop, {})
+        if not steps:
+            return
         parameters = [
             p for o in self.optimisers for group in o.param_groups for p in group["params"]
         ]
-        begin, spent = time.perf_counter(), self.seconds
+        begin = time.perf_counter() - self.seconds
         sums: dict[str, Tensor] = {}
+        norms: Any = 0.0
         since = 0
-        for step, batch in zip(
-            range(first, self.stage.steps), batches(range(first, self.stage.steps)), strict=False
-        ):
+        for step, batch in zip(steps, batches(steps), strict=False):
             self._set_rate(rate_at(self.stage, step))
             loss, facts = self.loss(batch)
             loss.backward()
-            nn.utils.clip_grad_norm_(parameters, _CLIP)
+            norms = norms + nn.utils.clip_grad_norm_(parameters, _CLIP).detach()
             for optimiser in self.optimisers:
                 optimiser.step()
                 optimiser.zero_grad(set_to_none=True)
@@ -126,20 +143,26 @@ class Run:
                 sums[name] = sums.get(name, 0.0) + value.detach()
             since += 1
             done = step + 1
-            if done % self.report_every == 0 or done == self.stage.steps:
+            saves = done % self.every == 0 or done == self.stage.steps
+            # Reported wherever it is saved: a resumed run averages over the same steps.
+            if saves or done % self.report_every == 0:
                 means = {name: float(value) / since for name, value in sums.items()}
-                if not math.isfinite(means["loss"]):
-                    raise FloatingPointError(
-                        f"the loss of stage {self.name!r} is {means['loss']} at step {done}; the "
-                        "last checkpoint is sound: lower the rate and resume."
-                    )
-                self.seconds = spent + time.perf_counter() - begin
+                self._refuse_broken(done, means["loss"], float(norms))
+                self.seconds = time.perf_counter() - begin
                 self.history.append({"step": done, **means, "seconds": self.seconds})
                 tell(self.name, done, self.stage.steps, means)
-                sums, since = {}, 0
-            if done % self.every == 0 or done == self.stage.steps:
-                self.seconds = spent + time.perf_counter() - begin
+                sums, norms, since = {}, 0.0, 0
+            if saves:
                 self.save(done)
+
+    def _refuse_broken(self, done: int, loss: float, norms: float) -> None:
+        for what, value in (("loss", loss), ("gradient", norms)):
+            if not math.isfinite(value):
+                raise TrainingError(
+                    f"the {what} of stage {self.name!r} is {value} by step {done}, which resuming "
+                    f"would only repeat: train in a new folder, with a peak rate of this stage "
+                    f"below {self.stage.rate} or another seed."
+                )
 
     def _set_rate(self, part: float) -> None:
         for optimiser in self.optimisers:
@@ -160,7 +183,7 @@ class Run:
         os.replace(draft, self.file)  # noqa: PTH105
 
     def load(self) -> int:
-        """Read the checkpoint, if there is one; returns the next step."""
+        """Read the checkpoint, if there is one; returns the number of the next step."""
         if not self.file.exists():
             return 0
         state = torch.load(self.file, map_location="cpu", weights_only=True)

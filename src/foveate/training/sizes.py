@@ -35,9 +35,9 @@ class Size:
         vision: width, layers, heads and MLP width of the vision tower.
         text: width, layers, heads, key-value heads and MLP width of the language model.
         tower: training of the tower on per-patch labels of single frames.
-        frames_per_clip: frames of each clip that the tower stage looks at.
         answers: training of the language model on questions, the tower frozen.
-        joint: training of everything, with the tower at a tenth of the rate.
+        joint: training of everything, the tower at 0.3 of the rate.
+        frames_per_clip: frames of each clip that the tower stage looks at.
         natural: fraction of shots before natural pictures.
         dtype: in which the finished weights are stored.
     """
@@ -95,8 +95,8 @@ SIZES: dict[str, Size] = {
         vision=(128, 4, 4, 512),
         text=(192, 5, 6, 3, 512),
         tower=Stage(1600, 64, 3e-3),
-        answers=Stage(4800, 16, 2e-3, 200),
-        joint=Stage(800, 16, 5e-4, 50),
+        answers=Stage(6000, 8, 1.5e-3, 200),
+        joint=Stage(800, 8, 5e-4, 50),
         dtype="bfloat16",
     ),
     # For one data-centre GPU: 785 visual tokens a clip, 10 million parameters.
