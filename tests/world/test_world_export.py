@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -162,6 +163,17 @@ def test_bad_requests_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(MissingDependencyError, match=r"foveate\[video\]"):
         export([sample], tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_the_examples_of_the_page_run(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "world.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 2
+    exec("\n".join(blocks), {})
+    out = capsys.readouterr().out
+    assert out.startswith("(16, 112, 112, 3) (16, 112, 112)") and re.search(
+        "^(un)?safe ", out, re.M
+    )
 
 
 def test_the_sheet_shows_the_frames() -> None:

@@ -52,9 +52,9 @@ def _row(sample: Sample, columns: int, side: int, questions: int) -> Image.Image
     count = min(columns, sample.scene.frames)
     chosen = np.linspace(0, sample.scene.frames - 1, count).round().astype(int)
     total = count * (wide + _GAP) - _GAP
-    lines = textwrap.wrap(sample.caption, max(20, total // 7))
+    lines = textwrap.wrap(sample.caption, max(20, total // 6))
     asked = [f"{one.text} {one.answer}" for one in sample.questions[:questions]]
-    told = textwrap.wrap("    ".join(asked), max(20, total // 7))
+    told = textwrap.wrap("    ".join(asked), max(20, total // 6))
     row = Image.new("RGB", (total, side + _GAP + _LINE * (len(lines) + len(told))), _PAPER)
     for place, frame in enumerate(chosen):
         picture = Image.fromarray(sample.frames_THWC[frame])
