@@ -84,8 +84,11 @@ def options() -> dict[str, list[str]]:
 
     from foveate.cli.app import app
 
-    group = typer.main.get_command(app)
+    group = typer.main.get_group(app)
     commands = {"": group, **group.commands}
+    for name, command in group.commands.items():
+        for inner, part in getattr(command, "commands", {}).items():
+            commands[f"{name} {inner}"] = part
     return {
         name: sorted(
             flag
@@ -116,6 +119,11 @@ def test_the_options_are_frozen() -> None:
             *("--max-new-tokens", "--model", "--out", "--recipes", "--repeats", "--retain"),
             *("--seed", "--suite", "--tasks", "-m", "-o", "-r"),
         ],
+        "train": [],
+        "train embedded": [
+            *("--clips", "--device", "--json", "--out", "--resume", "--seed", "--size"),
+            *("--threads", "--workers", "-o"),
+        ],
         "world": [
             *("--clips", "--first", "--format", "--fps", "--frames", "--json", "--masks"),
             *("--natural", "--seed", "--size", "--split", "--tasks", "folder"),
@@ -123,11 +131,10 @@ def test_the_options_are_frozen() -> None:
     }
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["list", "-h"], ["show", "-h"], ["ask", "-h"]])
-def test_help_explains_every_option(run: Run, arguments: list[str]) -> None:
-    code, out, err = run(*arguments)
+@pytest.mark.parametrize("command", ["", "list", "show", "ask", "train", "train embedded"])
+def test_help_explains_every_option(run: Run, command: str) -> None:
+    code, out, err = run(*command.split(), "--help")
     assert code == 0 and not err and "Usage: foveate" in out
-    command = arguments[0] if arguments[0] != "--help" else ""
     for flag in options()[command]:
         assert flag in out
 

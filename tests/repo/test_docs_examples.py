@@ -66,10 +66,16 @@ def test_commands_in_the_documents_exist(document: Path) -> None:
 
     from foveate.cli.app import app
 
-    commands = typer.main.get_group(app).commands
+    commands = dict(typer.main.get_group(app).commands)
+    for group in list(commands):
+        inner = getattr(commands[group], "commands", {})
+        commands |= {f"{group} {name}": command for name, command in inner.items()}
     text = document.read_text(encoding="utf-8").replace("\\\n", " ")
     for name, rest in re.findall(r"(?:^|[`/])foveate (\w+)([^`\n]*)", text, re.MULTILINE):
         assert name in commands, f"{document.name}: foveate {name}"
+        if hasattr(commands[name], "commands") and rest.strip():
+            name = f"{name} {rest.split()[0]}"
+            assert name in commands, f"{document.name}: foveate {name}"
         known = {option for param in commands[name].params for option in param.opts}
         used = set(re.findall(r"(?<=\s)--?[a-z][\w-]*", rest))
         assert used <= known, f"{document.name}: foveate {name} has no {sorted(used - known)}"

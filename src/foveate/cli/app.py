@@ -22,6 +22,7 @@ from foveate.cli.output import (
     segment_line,
     stage_table,
 )
+from foveate.cli.training import train_app
 from foveate.cli.worlding import world_command
 
 app = typer.Typer(
@@ -211,9 +212,12 @@ def ask_command(
     model: Annotated[
         str,
         typer.Option(
-            "--model", "-m", help="Folder or hub id of a vision-language model.", show_default=False
+            "--model",
+            "-m",
+            help="Folder or hub id of a vision-language model; the embedded one knows nothing but "
+            "the clips of `foveate world`.",
         ),
-    ],
+    ] = "embedded",
     recipe: Recipe_ = "holitom",
     retain: Retain = None,
     tokens: Tokens = None,
@@ -255,6 +259,7 @@ def ask_command(
 
 app.command("bench")(bench_command)
 app.command("world")(world_command)
+app.add_typer(train_app, name="train")
 
 
 def _chosen(video: Path | None, sample: str | None) -> Any:
