@@ -23,6 +23,12 @@ ROOT = Path(__file__).parents[1]
 MODULES = {
     "foveate.core": ("foveate.core.flops", "foveate.core.dims"),
     "foveate.models": ("foveate.models.adapter", "foveate.models.tower", "foveate.models.dims"),
+    "foveate.world": (
+        "foveate.world.tokenizer",
+        "foveate.world.export",
+        "foveate.world.overview",
+        "foveate.world.baselines",
+    ),
 }
 
 

@@ -174,7 +174,7 @@ def test_some_frames_of_a_scene_are_those_of_all(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"split": "trian"}, "unknown split 'trian'; choose one of train, val, test"),
+        ({"split": "dev"}, "unknown split 'dev'; choose one of train, val, test"),
         ({"fps": 0}, "fps must be positive, got 0"),
         ({"fps": float("nan")}, "fps must be positive, got nan"),
         ({"size": 15}, "at least 16 pixels"),
