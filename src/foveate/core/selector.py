@@ -23,7 +23,8 @@ class PatchSelector(Method):
     """Keeps `round(retain * P)` patches of every item, chosen by `choose`, in their order.
 
     The newline of every row that still holds a patch, newlines at the end and [CLS] tokens stay on
-    top of the budget. A method that ranks patches is `choose` and a card:
+    top of the budget. A method that ranks patches is `choose` and a card; `num_kept` may say that
+    another number stays:
 
     Example:
         >>> from foveate import ops
@@ -54,11 +55,17 @@ class PatchSelector(Method):
         """
         raise NotImplementedError
 
+    def num_kept(self, grid: Grid, budget: Budget) -> int:
+        """How many patches of an item stay, K; all of them leaves the item alone."""
+        return max(1, budget.count(grid.num_patches))
+
     def count(self, grid: Grid, budget: Budget) -> Count:
-        """Patches by the budget plus special tokens; a bound where rows end in newlines."""
+        """`num_kept` patches plus special tokens; a bound where rows end in newlines."""
         if budget.is_full:
             return Count(grid.num_tokens)
-        patches = max(1, budget.count(grid.num_patches))
+        patches = self.num_kept(grid, budget)
+        if patches == grid.num_patches:
+            return Count(grid.num_tokens)
         rows = sum(plane.height for plane in grid.planes if plane.row_newline)
         return Count(patches + grid.num_special + min(rows, patches), exact=rows == 0)
 
@@ -67,6 +74,8 @@ class PatchSelector(Method):
         if context.budget.is_full:
             return None
         patch_P = context.grid.patch_index(tokens.device)
-        keep = max(1, context.budget.count(len(patch_P)))
+        keep = self.num_kept(context.grid, context.budget)
+        if keep == len(patch_P):
+            return None
         chosen_K = patch_P[self.choose(tokens, context, patch_P, keep)]
         return Reduction.select(with_special(chosen_K, context.grid), tokens.num_tokens)

@@ -6,7 +6,6 @@ one sample, S tokens of the whole sequence, H heads, C and D channels, M target 
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar
@@ -23,10 +22,10 @@ from foveate.core import (
     Method,
     ProjectorContext,
     Reduction,
-    TokenKind,
     Tokens,
+    count_by_plane,
+    merge_by_plane,
     relative_layer,
-    with_newlines,
 )
 
 #: Depth of the model that the published schedule was written for.
@@ -166,38 +165,19 @@ class AIM(Method):
         """Exact per plane; a bound where rows end in newlines."""
         if budget.is_full:
             return Count(grid.num_tokens)
-        kept = budget.split([plane.num_patches for plane in grid.planes])
-        rows = [
-            min(plane.height, n) if plane.row_newline else 0
-            for plane, n in zip(grid.planes, kept, strict=True)
-        ]
-        return Count(sum(kept) + grid.num_special + sum(rows), exact=not any(rows))
+        return count_by_plane(grid, budget.split([plane.num_patches for plane in grid.planes]))
 
     def projector(self, tokens: Tokens, context: ProjectorContext) -> Reduction | None:
         """Merge the patches of every plane of one item."""
         if context.budget.is_full:
             return None
-        grid, device = context.grid, tokens.device
-        patch_N = grid.patch_index(device)
-        sizes = [plane.num_patches for plane in grid.planes]
-        # Planes of equal size and share form one batch.
-        batches: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for plane, shape in enumerate(zip(sizes, context.budget.split(sizes), strict=True)):
-            batches[shape].append(plane)
-        first_P = torch.tensor([0, *sizes]).cumsum(0).tolist()
-        home_N = torch.full((grid.num_tokens,), -1, device=device)
-        weight_N = torch.ones(grid.num_tokens, device=device)
-        rank_N = torch.zeros(grid.num_tokens, dtype=torch.long, device=device)
-        for (size, keep), planes in batches.items():
-            first = torch.tensor([first_P[plane] for plane in planes], device=device)
-            source_PL = patch_N[first[:, None] + torch.arange(size, device=device)]
-            merged = merge_planes(tokens.x_BND[0, source_PL], keep)
-            anchor_PM = source_PL.gather(1, merged.anchor_BM)
-            home_N[source_PL] = anchor_PM.gather(1, merged.groups_BN)
-            if merged.weight_BN is not None:
-                weight_N[source_PL] = merged.weight_BN
-            rank_N[anchor_PM] = torch.arange(keep, device=device).expand_as(anchor_PM)
-        return _item_reduction(grid, home_N, weight_N, rank_N)
+        kept = context.budget.split([plane.num_patches for plane in context.grid.planes])
+        return merge_by_plane(
+            context.grid,
+            kept,
+            lambda source_PL, keep: merge_planes(tokens.x_BND[0, source_PL], keep),
+            tokens.device,
+        )
 
     def kept_after(self, num_layers: int) -> list[float]:
         """Fraction of the visual tokens kept after every layer.
@@ -246,27 +226,3 @@ class AIM(Method):
         )[0]
         score_N = importance_S[context.survivors(before)[context.visual_N]]
         return Reduction.select(ops.top_k(score_N, keep), N)
-
-
-def _item_reduction(
-    grid: Grid, home_N: torch.Tensor, weight_N: torch.Tensor, rank_N: torch.Tensor
-) -> Reduction:
-    """Join the planes' merges: `home_N` names each patch's anchor, `rank_N` the anchor's place."""
-    device = home_N.device
-    order_N = torch.arange(grid.num_tokens, device=device)
-    kind_N, time_N = grid.kinds(device), grid.positions(device)[:, 0]
-    anchor_M = (home_N == order_N).nonzero()[:, 0]
-    has_rows = any(plane.row_newline for plane in grid.planes)
-    kept_M = with_newlines(anchor_M, grid, "row")
-    kept_M = torch.cat([kept_M, order_N[kind_N == TokenKind.CLS]]).sort().values
-    if not has_rows:
-        # [CLS] tokens, then the merged tokens of the plane in the order of merging; newlines last.
-        block_N = torch.where(
-            kind_N == TokenKind.CLS, 0, torch.where(kind_N == TokenKind.PATCH, 1, 2)
-        )
-        key_N = (3 * time_N + block_N) * (grid.num_tokens + 1) + rank_N
-        kept_M = kept_M[key_N[kept_M].argsort(stable=True)]
-    slot_N = torch.full((grid.num_tokens,), -1, device=device)
-    slot_N[kept_M] = torch.arange(len(kept_M), device=device)
-    slot_N = torch.where(home_N >= 0, slot_N[home_N.clamp(min=0)], slot_N)
-    return Reduction.merge(slot_N, len(kept_M), weight_N, kept_M, normalise=False)

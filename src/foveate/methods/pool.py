@@ -1,6 +1,6 @@
 """Average pooling of visual tokens: the baseline that keeps everything, blurred.
 
-Legend: N tokens of one item, P patches, T planes (frames or tiles), h and w the pooled grid.
+Legend: P patches of one item, h and w the pooled grid.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from foveate.core import (
     ProjectorContext,
     Reduction,
     Tokens,
-    with_special,
+    average_cells,
 )
 
 
@@ -87,23 +87,12 @@ class Pool(Method):
         """Average the cells of every plane, weighted by token size."""
         if context.budget.is_full:
             return None
-        grid, device, N = context.grid, tokens.device, tokens.num_tokens
-        patch_P = grid.patch_index(device)
-        plane_P, row_P, column_P = grid.positions(device)[patch_P].unbind(1)
-        before = torch.tensor([(p.height, p.width) for p in grid.planes], device=device)[plane_P]
-        after = torch.tensor(self._shapes(grid, context.budget), device=device)[plane_P]
-        cell_row_P, is_middle_row_P = _bins(row_P, before[:, 0], after[:, 0])
-        cell_column_P, is_middle_column_P = _bins(column_P, before[:, 1], after[:, 1])
-        anchor_K = patch_P[is_middle_row_P & is_middle_column_P]
-        kept_M = with_special(anchor_K, grid)
-        slot_N = torch.full((N,), -1, device=device)
-        slot_N[kept_M] = torch.arange(len(kept_M), device=device)
-        # Cells in raster order are numbered like their anchors, which are in raster order, too.
-        cells_T = torch.tensor([h * w for h, w in self._shapes(grid, context.budget)])
-        first_T = (cells_T.cumsum(0) - cells_T).to(device)
-        cell_P = first_T[plane_P] + cell_row_P * after[:, 1] + cell_column_P
-        slot_N[patch_P] = slot_N[anchor_K][cell_P]
-        return Reduction.merge(slot_N, len(kept_M), tokens.size_BN, kept_M)
+        grid, device = context.grid, tokens.device
+        plane_P, *place_P = grid.positions(device)[grid.patch_index(device)].unbind(1)
+        before_P2 = torch.tensor([(p.height, p.width) for p in grid.planes], device=device)[plane_P]
+        after_P2 = torch.tensor(self._shapes(grid, context.budget), device=device)[plane_P]
+        cell_P2 = torch.stack(place_P, dim=1) * after_P2 // before_P2
+        return average_cells(cell_P2, grid, tokens.size_BN)
 
     def _shapes(self, grid: Grid, budget: Budget) -> list[tuple[int, int]]:
         most = budget.split([plane.num_patches for plane in grid.planes], "floor")
@@ -111,13 +100,3 @@ class Pool(Method):
             pooled_shape(plane.height, plane.width, count)
             for plane, count in zip(grid.planes, most, strict=True)
         ]
-
-
-def _bins(
-    index_P: torch.Tensor, size_P: torch.Tensor, bins_P: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Bin of every row (or column) and whether it is the middle one of its bin."""
-    bin_P = index_P * bins_P // size_P
-    first_P = -(-bin_P * size_P // bins_P)
-    end_P = -(-(bin_P + 1) * size_P // bins_P)
-    return bin_P, index_P == (first_P + end_P - 1) // 2
