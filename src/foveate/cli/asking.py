@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,13 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 
-from foveate.checkpoints import load_model, open_clip, sample_frames
+from foveate.checkpoints import (
+    EMBEDDED,
+    embedded_folder,
+    load_model,
+    open_clip,
+    sample_frames,
+)
 from foveate.cli.output import facts, out, print_json, progress, recipe_line, stage_table
 from foveate.core import Recipe
 from foveate.view.answer import Answer, ask
@@ -56,7 +63,14 @@ class Asking:
         made = Recipe.of(self.recipe)
         with progress(not self.as_json) as tell:
             tell("decode the clip", 0, 1)
+            if self.model == EMBEDDED:
+                embedded_folder()  # Says what to do where it is missing.
             taken = sample_frames(open_clip(self.video), self.frames)
+            if self.model == EMBEDDED and len(taken) == 1:
+                raise ValueError(
+                    "the embedded model was trained on clips and cannot look at a single picture "
+                    "or frame; give it a clip, or name another checkpoint with --model."
+                )
             tell("load the model", 0, 1)
             model, processor = load_model(self.model, device=self.device, dtype=_DTYPES[self.dtype])
 
@@ -79,6 +93,8 @@ class Asking:
 
         untouched = answer(None, "untouched") if self.compare else None
         reduced = answer(made, str(made) if self.compare else "")
+        if self.model == EMBEDDED:
+            reduced.report.notes += embedded_notes(processor.tokenizer, self.question, len(taken))
         if self.output is not None:
             title = f"{self.video.name}: {self.question}"
             save_report(reduced.report, self.output, title=title)
@@ -110,6 +126,23 @@ class Asking:
             console.print(f"[dim]note: {escape(note)}[/]")
         if self.output is not None:
             console.print(f"\nwrote [bold]{escape(str(self.output))}[/]")
+
+
+def embedded_notes(tokenizer: Any, question: str, frames: int) -> list[str]:
+    """What the embedded model does not know about a question and a clip of so many frames."""
+    notes = []
+    size = json.loads((embedded_folder() / "card.json").read_text(encoding="utf-8"))["size"]
+    if frames != size["frames"]:
+        notes.append(f"the embedded model was trained on {size['frames']} frames; it got {frames}")
+    read = tokenizer(question, return_offsets_mapping=True)
+    spans = zip(read["input_ids"], read["offset_mapping"], strict=True)
+    unknown = [question[a:b] for token, (a, b) in spans if token == tokenizer.unk_token_id]
+    if unknown:
+        words = ", ".join(dict.fromkeys(unknown))
+        notes.append(
+            f"the embedded model does not know: {words} (`foveate world` asks what it can)"
+        )
+    return notes
 
 
 def _write(text: str) -> None:

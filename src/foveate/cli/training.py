@@ -189,7 +189,12 @@ def stages(enabled: bool) -> Iterator[Callable[[str, int, int, dict[str, float]]
         yield lambda *_: None
         return
     if not err().is_terminal:
-        yield lambda *report: _print_report(*report, *words(*report))
+
+        def print_report(stage: str, done: int, total: int, facts: dict[str, float]) -> None:
+            parts = [f"{stage} {done}/{total}", *words(stage, done, total, facts)]
+            print(", ".join(part for part in parts if part), file=sys.stderr, flush=True)
+
+        yield print_report
         return
     columns = (
         TextColumn("{task.description}"),
@@ -207,13 +212,6 @@ def stages(enabled: bool) -> Iterator[Callable[[str, int, int, dict[str, float]]
             bars.update(tasks[stage], completed=done, words=said)
 
         yield tell
-
-
-def _print_report(
-    stage: str, done: int, total: int, facts: dict[str, float], pace: str, said: str
-) -> None:
-    parts = [f"{stage} {done}/{total}", said, pace]
-    print(", ".join(part for part in parts if part), file=sys.stderr, flush=True)
 
 
 # -- result ---------------------------------------------------------------------------------------
