@@ -314,7 +314,7 @@ class Attachment(OfOneModel):
 
     def _signals(self, adapter: Adapter, has_cls: bool) -> set[str]:
         """The encoder signals to compute: of alternatives, the first that this model has."""
-        available = {"encoder.received_attention", "text.embeddings", "text.tokens"}
+        available = {"encoder.received_attention", "text.embeddings", "text.tokens", "text.segment"}
         if has_cls:
             available.add("encoder.cls_attention")
         chosen: set[str] = set()

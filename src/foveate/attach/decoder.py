@@ -21,7 +21,8 @@ from transformers.cache_utils import Cache
 
 from foveate.attach.cache import ReducedLayer, move_positions
 from foveate.attach.cache_stage import reduce_cache
-from foveate.attach.layer_attention import LayerAttention
+from foveate.attach.evidence import context_of, tokens_of
+from foveate.attach.layer_attention import LayerAttention, past_of
 from foveate.attach.masks import MaskMaker
 from foveate.attach.parking import Parked, bring_back, park
 from foveate.attach.plan import StepPlan, placed
@@ -31,13 +32,22 @@ from foveate.attach.sequence import (
     VisualItem,
     gather_columns,
 )
-from foveate.core import (
-    DecoderContext,
-    Reduction,
-    Report,
-    StageReport,
-    Tokens,
-)
+from foveate.core import LayerModule, Reduction, Report, StageReport
+
+
+@dataclass(frozen=True, eq=False)
+class LayerModules:
+    """Parts of a decoder layer that evidence is taken from.
+
+    Attributes:
+        norm: what its attention's input passes first.
+        attention: its self-attention.
+        mlp: its MLP.
+    """
+
+    norm: nn.Module
+    attention: nn.Module
+    mlp: nn.Module
 
 
 @dataclass(eq=False)
@@ -55,7 +65,11 @@ class DecoderCall:
         rotary: makes (cos, sin) from hidden states and position ids, for methods that renumber.
         parked: per step and sample, tokens that come back before a later layer.
         decoder_steps, cache_steps: methods that act in this call (none while decoding).
+        modules: parts of every decoder layer; none when no method acts at the decoder.
         attention_layers: layers whose attention must be kept.
+        spans: per sample, places of the first and last token of every item, int64 [I, 2].
+        observed: by step number, layer, module and sample: numbers of the tokens that a method
+            observed, and what it noted of each.
         deepstack: per level, per sample features [N, D] that are added behind that layer.
         mask_only: keep all columns and only mask dropped keys.
     """
@@ -68,6 +82,7 @@ class DecoderCall:
     report: Report
     seed: int = 0
     num_layers: int = 1
+    modules: tuple[LayerModules, ...] = ()
     decoder_steps: list[StepPlan] = field(default_factory=list)
     cache_steps: list[StepPlan] = field(default_factory=list)
     attention_layers: frozenset[int] = frozenset()
@@ -79,6 +94,10 @@ class DecoderCall:
     parked: dict[int, dict[int, Parked]] = field(default_factory=lambda: defaultdict(dict))
     captured: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
     attentions: dict[int, LayerAttention] = field(default_factory=dict)
+    spans: list[torch.Tensor] = field(default_factory=list)
+    observed: dict[tuple[int, int, LayerModule, int], tuple[torch.Tensor, torch.Tensor]] = field(
+        default_factory=dict
+    )
     states: dict[tuple[int, int], dict[str, Any]] = field(default_factory=lambda: defaultdict(dict))
 
     def __post_init__(self) -> None:
@@ -106,7 +125,7 @@ class DecoderCall:
             for sample, ids in enumerate(self.sequence.ids):
                 self.report.layer_lengths[sample].append(ids.shape[0])
         kwargs = dict(kwargs)
-        kwargs["position_embeddings"] = self._embeddings_of(layer, hidden_BLD)
+        kwargs["position_embeddings"] = self.embeddings_of(layer, hidden_BLD)
         # Only flash attention reads it, to guess packed sequences: gaps would look like packing.
         kwargs["position_ids"] = None
         kwargs["attention_mask"] = self.mask_of_layer(layer, hidden_BLD.shape[1])
@@ -117,7 +136,7 @@ class DecoderCall:
             self.captured[layer] = {}
         return hidden_BLD, kwargs
 
-    def _embeddings_of(
+    def embeddings_of(
         self, layer: int, hidden_BLD: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(cos, sin) of the present columns in one layer's own numbering."""
@@ -157,7 +176,7 @@ class DecoderCall:
         before = [visual.num for visual in self.sequence.visual]
         for sample, visual in enumerate(self.sequence.visual):
             rows_S = self.sequence.rows(sample, device)
-            reduction = self._ask(step, layer, sample, rows_S, hidden_BLD)
+            reduction = self._ask(step, layer, sample, hidden_BLD)
             if reduction is None:
                 columns.append(rows_S)
                 anchors.append(torch.arange(visual.num, device=device))
@@ -191,42 +210,13 @@ class DecoderCall:
         return hidden_BLD
 
     def _ask(
-        self,
-        step: StepPlan,
-        layer: int,
-        sample: int,
-        rows_S: torch.Tensor,
-        hidden_BLD: torch.Tensor,
+        self, step: StepPlan, layer: int, sample: int, hidden_BLD: torch.Tensor
     ) -> Reduction | None:
         visual = self.sequence.visual[sample]
-        budget = step.budget(sample)
-        if visual.num == 0 or budget.is_full:
+        if visual.num == 0 or step.budget(sample).is_full:
             return None
-
-        def survivors(earlier: int) -> torch.Tensor:
-            seen, present = self.attentions[earlier].ids[sample], self.sequence.ids[sample]
-            place = torch.searchsorted(seen, present).clamp(max=seen.shape[0] - 1)
-            return place.where(seen[place] == present, -1)
-
-        context = DecoderContext(
-            budget=budget,
-            method=step.method.name,
-            seed=self.seed,
-            state=self.states[step.number, sample],
-            layer=layer,
-            num_layers=self.num_layers,
-            num_visual=self.num_visual[sample],
-            modalities=frozenset(item.modality for item in self.items[sample]),
-            num_text=rows_S.shape[0] - visual.num,
-            visual_N=torch.searchsorted(rows_S, visual.rows_N),
-            attention=lambda earlier: self.attentions[earlier].view(sample),
-            survivors=survivors,
-        )
-        tokens = Tokens(
-            hidden_BLD[sample : sample + 1, visual.rows_N],
-            position_BN3=visual.position_N3[None],
-            kind_BN=visual.kind_N[None],
-        )
+        context = context_of(self, step, layer, sample, hidden_BLD)
+        tokens = tokens_of(self, sample, hidden_BLD)
         with torch.no_grad():
             reduction = step.method.decoder(tokens, context)
         return placed(reduction, step.method, hidden_BLD.device)
@@ -301,7 +291,7 @@ class DecoderCall:
     # -- attention signals ----------------------------------------------------------------------
 
     def note_projection(self, layer: int, name: str, output: torch.Tensor) -> None:
-        """Keep the output of a query or key projection of a declared layer."""
+        """Keep the output of a query, key or value projection of a declared layer."""
         if layer in self.captured:
             self.captured[layer][name] = output
 
@@ -310,22 +300,15 @@ class DecoderCall:
         captured = self.captured.pop(layer, None)
         if captured is None:
             return
-        past = None
-        cached = self.layer_cache(layer)
-        num_new = self.sequence.length
-        if cached is not None and cached.length > num_new:
-            num_past = cached.length - num_new
-            valid = None if cached.valid_BT is None else cached.valid_BT[:, :num_past]
-            past = (cached.kv[0][:, :, :num_past], valid)
-        assert self.position_embeddings is not None
-        device = captured["q"].device
+        cached, device = self.layer_cache(layer), captured["q"].device
+        num_past = 0 if cached is None else cached.length - self.sequence.length
+        samples = range(len(self.sequence.visual))
         self.attentions[layer] = LayerAttention(
             module,
-            captured["q"],
-            captured["k"],
-            self.position_embeddings,
-            past,
-            [self.sequence.rows(s, device) for s in range(len(self.sequence.visual))],
+            captured,
+            self.embeddings_of(layer, captured["q"]),
+            [past_of(cached, sample, num_past) for sample in samples],
+            [self.sequence.rows(sample, device) for sample in samples],
             list(self.sequence.ids),
             [visual.rows_N for visual in self.sequence.visual],
         )

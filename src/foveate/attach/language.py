@@ -16,14 +16,15 @@ import torch
 from torch import nn
 
 from foveate.attach.cache import adopt, is_managed, move_positions, refuse_unsupported
-from foveate.attach.decoder import DecoderCall
+from foveate.attach.decoder import DecoderCall, LayerModules
+from foveate.attach.evidence import item_spans, observe
 from foveate.attach.features import FeatureRecord, FeatureWatch
 from foveate.attach.masks import MaskMaker
 from foveate.attach.plan import is_compact, plan_cache, plan_decoder
 from foveate.attach.prompt import PromptReducer, find_items
 from foveate.attach.sequence import Sequence, VisualItem, visual_rows
 from foveate.attach.single import OfOneModel
-from foveate.core import Budget, Recipe, Report
+from foveate.core import Budget, LayerModule, Recipe, Report
 from foveate.errors import AttachmentError
 from foveate.models.adapter import Adapter
 
@@ -78,15 +79,20 @@ class LanguageStage(OfOneModel):
         self.settings = settings
         self.text_model: Any = adapter.language_model(model)
         self.layers = adapter.layers(model)
-        self.attentions = adapter.text_attentions(model)
         recipe = settings.recipe
         self.decoder_steps = plan_decoder(recipe, adapter, model, self._sample_budget)
         self.cache_steps = plan_cache(recipe, len(self.layers), self._sample_budget)
-        self.attention_layers = frozenset(
-            layer
-            for step in self.decoder_steps
-            for layer in step.method.attention_layers(len(self.layers))
-        )
+        self.modules: tuple[LayerModules, ...] = ()
+        if self.decoder_steps:
+            norms, mlps = adapter.text_norms(model), adapter.text_mlps(model)
+            attentions = adapter.text_attentions(model)
+            self.modules = tuple(map(LayerModules, norms, attentions, mlps))
+        self.attention_layers: frozenset[int] = frozenset()
+        self.value_layers: frozenset[int] = frozenset()
+        for step in self.decoder_steps:
+            read = frozenset(step.method.attention_layers(len(self.layers)))
+            self.attention_layers |= read
+            self.value_layers |= read if step.method.reads_values else frozenset()
         self.compact = is_compact(recipe, adapter)
         self.state = _CallState()
 
@@ -106,11 +112,20 @@ class LanguageStage(OfOneModel):
             register(layer.register_forward_pre_hook(self._enter_layer(index), with_kwargs=True))
             register(layer.register_forward_hook(self._leave_layer(index), prepend=True))
         for index in sorted(self.attention_layers):
-            attention = self.attentions[index]
-            for name in ("q", "k"):
+            attention = self.modules[index].attention
+            for name in ("q", "k", "v") if index in self.value_layers else ("q", "k"):
                 projection = attention.get_submodule(f"{name}_proj")
                 register(projection.register_forward_hook(self._note(index, name)))
             register(attention.register_forward_hook(self._leave_attention(index)))
+        for index in sorted(set().union(*(step.observes for step in self.decoder_steps))):
+            modules = self.modules[index]
+            observed: dict[LayerModule, nn.Module] = {
+                "attention": modules.attention,
+                "mlp": modules.mlp,
+            }
+            for name, part in observed.items():
+                hook = self._observe(index, name)
+                register(part.register_forward_hook(hook, with_kwargs=True))
 
     # -- the outer model ------------------------------------------------------------------------
 
@@ -218,6 +233,7 @@ class LanguageStage(OfOneModel):
         call.items, call.report, call.deepstack = items, report, deepstack
         call.decoder_steps, call.cache_steps = self.decoder_steps, self.cache_steps
         call.attention_layers = self.attention_layers
+        call.spans = item_spans(sequence) if self.decoder_steps else []
         return self._model_inputs(kwargs, call, embeds, positions)
 
     def _find_items(self, batch: int, report: Report) -> list[list[VisualItem]]:
@@ -274,6 +290,7 @@ class LanguageStage(OfOneModel):
             report=Report(),
             seed=self.settings.seed,
             num_layers=len(self.layers),
+            modules=self.modules,
             mask_only=self.settings.mask_only,
             rotary=getattr(self.text_model, "rotary_emb", None),
         )
@@ -339,6 +356,16 @@ class LanguageStage(OfOneModel):
         def hook(module: nn.Module, args: tuple, output: Any) -> None:
             if self.state.call is not None:
                 self.state.call.leave_attention(index, module)
+
+        return hook
+
+    def _observe(self, index: int, name: LayerModule) -> Callable:
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+            call = self.state.call
+            if call is None or not call.items:
+                return
+            hidden = args[0] if args else kwargs["hidden_states"]
+            observe(call, index, name, hidden, output[0] if isinstance(output, tuple) else output)
 
         return hook
 

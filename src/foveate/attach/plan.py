@@ -17,7 +17,8 @@ from foveate.models.adapter import Adapter
 class StepPlan:
     """One method in the decoder or at the cache: where it acts and with which budget.
 
-    `returns` are the layers before which parked tokens come back.
+    `returns` are the layers before which parked tokens come back, `observes` those whose modules
+    the method observes.
     """
 
     number: int
@@ -26,6 +27,7 @@ class StepPlan:
     budget: Callable[[int], Budget]
     returns: frozenset[int] = frozenset()
     renumbers: bool = False
+    observes: frozenset[int] = frozenset()
 
 
 def placed(reduction: Reduction | None, method: Method, device: torch.device) -> Reduction | None:
@@ -57,17 +59,28 @@ def plan_decoder(
     num_layers, plans = len(adapter.layers(model)), []
     for index in recipe.at("decoder"):
         method = recipe.steps[index].method
-        layers = method.decoder_layers(num_layers)
-        wrong = [layer for layer in layers if not 0 <= layer < num_layers]
-        if wrong:
-            raise AttachmentError(
-                f"{method.name} wants to act before layer {wrong[0]}; this model has {num_layers} "
-                "layers."
-            )
+        layers, observes = method.decoder_layers(num_layers), method.observe_layers(num_layers)
+        for what, named in (("act before", layers), ("observe", observes)):
+            wrong = [layer for layer in named if not 0 <= layer < num_layers]
+            if wrong:
+                raise AttachmentError(
+                    f"{method.name} wants to {what} layer {wrong[0]}; this model has {num_layers} "
+                    "layers."
+                )
         returns = _returns(method, num_layers, adapter.num_deepstack(model))
         # M-RoPE positions are time, row and column; they stay what they are.
         renumbers = method.renumbers and not adapter.mrope
-        plans.append(StepPlan(index, method, frozenset(layers), budget(index), returns, renumbers))
+        plans.append(
+            StepPlan(
+                index,
+                method,
+                frozenset(layers),
+                budget(index),
+                returns,
+                renumbers,
+                frozenset(observes),
+            )
+        )
     return plans
 
 

@@ -172,11 +172,16 @@ class PromptReducer:
             with torch.no_grad():
                 reduction = method.projector(tokens, context)
             item.report.annotations.update(context.state)
+            for name, value_N in context.carried.items():
+                item.carried[step, name] = checked_carry(method, name, value_N, tokens)
             if reduction is None or reduction.is_identity:
                 continue
             if reduction.mask_BM is not None:
                 reduction = reduction.sample(0)
-            tokens = tokens.reduce(reduction.to(x_1ND.device))
+            reduction = reduction.to(x_1ND.device)
+            tokens = tokens.reduce(reduction)
+            for key, value_N in item.carried.items():
+                item.carried[key] = reduction.gather(value_N[None])[0]
         return tokens
 
     def __call__(
@@ -242,13 +247,13 @@ class PromptReducer:
         for item in items:
             is_item_L[item.rows_N] = True
         text_S = rows_S[~is_item_L[rows_S]]
-        text = self._text_reader(sample, text_S, embeds_BLD)
         columns, keys = [text_S], [text_S]
         outs: list[Tokens] = []
         level_parts: list[list[torch.Tensor]] = [[] for _ in deepstack]
         unchanged, offset = True, 0
         for number, item in enumerate(items):
             x_1ND = embeds_BLD[sample : sample + 1, item.rows_N]
+            text = self._text_reader(item, items, text_S, embeds_BLD)
             tokens = self.reduce_item(item, number, x_1ND, text)
             outs.append(tokens)
             reduction, size = tokens.reduction, item.grid.num_tokens
@@ -285,11 +290,19 @@ class PromptReducer:
         )
 
     def _text_reader(
-        self, sample: int, text_S: torch.Tensor, embeds_BLD: torch.Tensor
+        self,
+        item: VisualItem,
+        items: list[VisualItem],
+        text_S: torch.Tensor,
+        embeds_BLD: torch.Tensor,
     ) -> Callable[[str], torch.Tensor | None]:
+        sample = item.sample
+
         def read(name: str) -> torch.Tensor | None:
             if name == "text.embeddings":
                 return embeds_BLD[sample : sample + 1, text_S]
+            if name == "text.segment":
+                return embeds_BLD[sample : sample + 1, segment_rows(item, items, text_S)]
             if name == "text.tokens" and self.text_ids is not None:
                 return self.text_ids[sample : sample + 1, text_S]
             return None
@@ -304,6 +317,34 @@ class PromptReducer:
         if before != after or any(item.report.reduction for s in items for item in s):
             names = " + ".join(method.name for _, method in self.steps)
             self.report.stages.append(StageReport("projector", names, before, after))
+
+
+def segment_rows(item: VisualItem, items: list[VisualItem], text_S: torch.Tensor) -> torch.Tensor:
+    """Rows of the text between an item and the next one.
+
+    Where nothing stands between them, the next text there is; behind the last text, the one before.
+    """
+    starts_I = torch.stack([other.rows_N[0] for other in items])
+    ends_I = torch.stack([other.rows_N[-1] for other in items])
+    later_S = text_S[text_S > item.rows_N[-1]]
+    if later_S.shape[0]:
+        stop = starts_I[starts_I > later_S[0]]
+        return later_S[later_S < stop.min()] if stop.shape[0] else later_S
+    earlier_S = text_S[text_S < item.rows_N[0]]
+    if earlier_S.shape[0]:
+        stop = ends_I[ends_I < earlier_S[-1]]
+        return earlier_S[earlier_S > stop.max()] if stop.shape[0] else earlier_S
+    return text_S
+
+
+def checked_carry(method: Method, name: str, value_N: torch.Tensor, tokens: Tokens) -> torch.Tensor:
+    """What a method carries to the decoder, if it has one entry per token."""
+    if value_N.shape[:1] != (tokens.num_tokens,):
+        raise ValueError(
+            f"{method.name}: carry({name!r}, ...) takes one value per token of the item, [N, ...] "
+            f"with N = {tokens.num_tokens}, got {tuple(value_N.shape)}."
+        )
+    return value_N.to(tokens.device)
 
 
 @dataclass(eq=False)

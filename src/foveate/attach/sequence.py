@@ -27,6 +27,8 @@ class VisualItem:
         rows_N: rows of its tokens in the incoming prompt, int64 [N], ascending.
         signals: signal name -> float32 [N].
         report: the entry of the call's report.
+        carried: by step number and name: what a method noted of every token that entered the
+            language model, [M, ...], for its decoder stage.
     """
 
     sample: int
@@ -35,6 +37,7 @@ class VisualItem:
     rows_N: torch.Tensor
     signals: dict[str, torch.Tensor]
     report: ItemReport
+    carried: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(eq=False)

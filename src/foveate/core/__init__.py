@@ -9,6 +9,8 @@ from foveate.core.context import (
     Context,
     DecoderContext,
     EncoderContext,
+    LayerModule,
+    ModuleContext,
     ProjectorContext,
 )
 from foveate.core.grid import Grid, Modality, Plane, TokenKind
@@ -38,8 +40,10 @@ __all__ = [
     "Grid",
     "ItemReport",
     "Kind",
+    "LayerModule",
     "Method",
     "Modality",
+    "ModuleContext",
     "NewlinePolicy",
     "PatchSelector",
     "Plane",

@@ -1,20 +1,23 @@
 """What a method may read at each stage: budget, layout and the signals it declared.
 
-Legend: N visual tokens of one item or sample, S tokens of the whole sequence, H query heads,
-G key heads, d head channels.
+Legend: N visual tokens of one item or sample, S tokens of the whole sequence, R some rows of it,
+I visual items of a sample, D channels, H query heads, G key heads, d head channels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, NoReturn
 
 import torch
 
 from foveate.core.budget import Budget
 from foveate.core.grid import Grid, Modality
 from foveate.errors import MissingSignalError
+
+#: The parts of a decoder layer that `Method.observe` sees.
+LayerModule = Literal["attention", "mlp"]
 
 #: Signals that a projector-stage method can declare in `needs`; all are float32 [1, N] maps in the
 #: order of the language model's tokens (pooled, unpadded and merged exactly like the features;
@@ -26,6 +29,8 @@ SIGNALS: dict[str, str] = {
     "features, mean over heads and patch queries",
     "text.embeddings": "embeddings of the text tokens of the sample, [1, S_text, D]",
     "text.tokens": "ids of the text tokens of the sample, int64 [1, S_text]",
+    "text.segment": "embeddings of the item's own text in an interleaved prompt: the text between "
+    "it and the next item, or the nearest there is, [1, S_segment, D]",
 }
 
 
@@ -38,17 +43,28 @@ class AttentionView:
         k_BGTd: rotated keys, earlier turns first, [1, G, T, d] with T >= S.
         scale: softmax scale.
         visual_N: positions of the visual tokens among the S queries, int64 [N].
+        v_BGTd: values, [1, G, T, d], where the method sets `reads_values`; else None.
     """
 
     q_BHSd: torch.Tensor
     k_BGTd: torch.Tensor
     scale: float
     visual_N: torch.Tensor
+    v_BGTd: torch.Tensor | None = None
+
+    @property
+    def num_queries(self) -> int:
+        """Tokens of this call, S."""
+        return self.q_BHSd.shape[-2]
 
     @property
     def num_past(self) -> int:
-        """Keys that earlier calls left in the cache."""
-        return self.k_BGTd.shape[-2] - self.q_BHSd.shape[-2]
+        """Keys that earlier calls left in the cache, T - S."""
+        return self.k_BGTd.shape[-2] - self.num_queries
+
+    def queries(self, index_R: torch.Tensor) -> torch.Tensor:
+        """Rotated queries of the tokens `index_R`, [1, H, R, d]."""
+        return self.q_BHSd[:, :, index_R.to(self.q_BHSd.device)]
 
     def rows(self, index_R: torch.Tensor) -> torch.Tensor:
         """Causal attention rows of the queries `index_R`, float32 [1, H, R, S].
@@ -57,9 +73,9 @@ class AttentionView:
         """
         from foveate import ops
 
-        index_R = index_R.to(self.q_BHSd.device)
+        index_R = index_R.to(self.k_BGTd.device)
         rows = ops.attention_rows(
-            self.q_BHSd[:, :, index_R],
+            self.queries(index_R),
             self.k_BGTd,
             scale=self.scale,
             row_positions=index_R + self.num_past,
@@ -68,7 +84,7 @@ class AttentionView:
 
     def last_row(self) -> torch.Tensor:
         """Attention of the last token, float32 [1, H, S]."""
-        last = torch.tensor([self.q_BHSd.shape[-2] - 1])
+        last = torch.tensor([self.num_queries - 1])
         return self.rows(last)[:, :, 0]
 
 
@@ -119,10 +135,20 @@ class ProjectorContext(Context):
     Attributes:
         grid: layout of the item's tokens.
         read: gives a declared signal or None; use `signal`.
+        carried: what `carry` noted.
     """
 
     grid: Grid = field(default_factory=lambda: Grid.image(1, 1))
     read: Callable[[str], torch.Tensor | None] = lambda name: None
+    carried: MutableMapping[str, torch.Tensor] = field(default_factory=dict)
+
+    def carry(self, name: str, value_N: torch.Tensor) -> None:
+        """Hand one value per token of the item, [N, ...], to the same method's decoder stage.
+
+        There `DecoderContext.carried(name)` has those of the tokens that are left; an averaged
+        token has the value of its anchor.
+        """
+        self.carried[name] = value_N
 
     def signal(self, *names: str) -> torch.Tensor:
         """The first of the named signals that this model offers.
@@ -147,8 +173,28 @@ class ProjectorContext(Context):
 
 
 @dataclass(eq=False)
+class ModuleContext(Context):
+    """Right after a module of a decoder layer has run, one sample at a time.
+
+    Attributes:
+        layer: the layer that runs, 0-based.
+        num_layers: decoder layers.
+        module: "attention" or "mlp".
+        visual_N: positions of the visual tokens in the sample's sequence, int64 [N].
+    """
+
+    layer: int = 0
+    num_layers: int = 1
+    module: LayerModule = "attention"
+    visual_N: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+
+
+@dataclass(eq=False)
 class DecoderContext(Context):
     """Before a decoder layer of the language model, one sample at a time.
+
+    Positions count the S tokens of the sample that are left, without padding and without the
+    tokens of earlier turns.
 
     Attributes:
         layer: the layer about to run, 0-based.
@@ -161,6 +207,18 @@ class DecoderContext(Context):
             the tokens that layer saw; `survivors` maps it to the current tokens.
         survivors: `survivors(layer)` gives the positions that the current sequence's tokens had in
             that layer, int64 [S]; -1 for tokens it did not see.
+        attention_ahead: `attention_ahead()` gives the `AttentionView` that the layer about to run
+            would have over the current tokens, from its input norm and projections. Queries are
+            projected for the rows that are asked for; keys cost one projection of all S tokens.
+        hidden: `hidden()` gives the hidden states of the whole sequence, [1, S, D].
+        observed: `observed(layer, module)` gives what `Method.observe` returned there, [S, ...] in
+            the order of the current tokens; NaN for tokens it did not see.
+        carried: `carried(name)` gives what the method's projector stage noted with `carry`,
+            [N, ...] in the order of the current visual tokens.
+        id_S: stable numbers of the current tokens: their places in the prompt that entered the
+            language model, int64 [S]; None: as many as there are, in order.
+        span_I2: numbers of the first and last token of every visual item as they entered the
+            language model, int64 [I, 2]; None: one item, from the first of `visual_N` to the last.
     """
 
     layer: int = 0
@@ -171,6 +229,43 @@ class DecoderContext(Context):
     visual_N: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     attention: Callable[[int], AttentionView] = lambda layer: _no_attention(layer)
     survivors: Callable[[int], torch.Tensor] = lambda layer: torch.empty(0, dtype=torch.long)
+    attention_ahead: Callable[[], AttentionView] = lambda: _absent("attention_ahead")
+    hidden: Callable[[], torch.Tensor] = lambda: _absent("hidden")
+    observed: Callable[[int, LayerModule], torch.Tensor] = lambda layer, module: _absent("observed")
+    carried: Callable[[str], torch.Tensor] = lambda name: _absent("carried")
+    id_S: torch.Tensor | None = None
+    span_I2: torch.Tensor | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the sample that are left, S."""
+        return self.num_text + self.visual_N.shape[0]
+
+    @property
+    def segment_S(self) -> torch.Tensor:
+        """Which item every token belongs to or follows, int64 [S]; -1 before the first item.
+
+        Text between two items belongs to the first of them, as in interleaved prompts.
+        """
+        id_S, span_I2 = self._layout()
+        return torch.searchsorted(span_I2[:, 0].contiguous(), id_S, right=True) - 1
+
+    @property
+    def item_N(self) -> torch.Tensor:
+        """Which item of the sample every visual token belongs to, int64 [N]."""
+        return self.segment_S[self.visual_N]
+
+    @property
+    def before_R(self) -> torch.Tensor:
+        """Positions of the text before the first visual token (the system prompt), int64 [R]."""
+        id_S, span_I2 = self._layout()
+        return (id_S < span_I2[0, 0]).nonzero()[:, 0]
+
+    @property
+    def after_R(self) -> torch.Tensor:
+        """Positions of the text after the last visual token (the instruction), int64 [R]."""
+        id_S, span_I2 = self._layout()
+        return (id_S > span_I2[-1, 1]).nonzero()[:, 0]
 
     def last_token_attention(self, layer: int) -> torch.Tensor:
         """Attention of the last token of a declared layer to the present visual tokens.
@@ -180,6 +275,14 @@ class DecoderContext(Context):
         """
         row_S = self.attention(layer).last_row()[0].mean(0)
         return row_S[self.survivors(layer)[self.visual_N]]
+
+    def _layout(self) -> tuple[torch.Tensor, torch.Tensor]:
+        id_S, span_I2 = self.id_S, self.span_I2
+        if id_S is None:
+            id_S = torch.arange(self.num_tokens, device=self.visual_N.device)
+        if span_I2 is None:
+            span_I2 = id_S[self.visual_N[[0, -1]]][None]
+        return id_S, span_I2
 
 
 @dataclass(eq=False)
@@ -203,6 +306,10 @@ def _no_attention(layer: int) -> AttentionView:
     raise ValueError(
         f"The attention of layer {layer} was not declared; return it from attention_layers()."
     )
+
+
+def _absent(name: str) -> NoReturn:
+    raise ValueError(f"This context has no {name}(): it was made without a language model.")
 
 
 def _known(signal: str) -> str:

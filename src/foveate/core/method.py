@@ -1,6 +1,7 @@
 """The base class of all methods.
 
-Legend: N visual tokens in, M out, D channels, G key heads, d head channels.
+Legend: N visual tokens in, M out, S tokens of a sample's whole sequence, D channels, G key heads,
+d head channels.
 """
 
 from __future__ import annotations
@@ -14,7 +15,13 @@ import torch
 
 from foveate.core.budget import Budget
 from foveate.core.card import STAGES, Card, Stage
-from foveate.core.context import CacheContext, DecoderContext, EncoderContext, ProjectorContext
+from foveate.core.context import (
+    CacheContext,
+    DecoderContext,
+    EncoderContext,
+    ModuleContext,
+    ProjectorContext,
+)
 from foveate.core.grid import Grid
 from foveate.core.reduction import Reduction
 from foveate.core.tokens import Tokens
@@ -46,6 +53,7 @@ class Method:
             another projector method that has shortened the item.
         renumbers: after every decoder reduction the remaining tokens get contiguous positions, in
             that layer and all deeper ones; otherwise they keep theirs. M-RoPE models always do.
+        reads_values: the views of `attention_layers` hold the layer's values, too.
         encoder_point: where the encoder stage acts in a block: "after_attention" (between
             attention and MLP), "block_start" or "block_end".
 
@@ -66,6 +74,7 @@ class Method:
     needs: ClassVar[tuple[str | tuple[str, ...], ...]] = ()
     any_tokens: ClassVar[bool] = False
     renumbers: ClassVar[bool] = False
+    reads_values: ClassVar[bool] = False
     encoder_point: ClassVar[Literal["after_attention", "block_start", "block_end"]] = (
         "after_attention"
     )
@@ -159,6 +168,17 @@ class Method:
         """Choose which of one sample's visual keys and values [1, G, N, d] a layer keeps."""
         raise NotImplementedError
 
+    def observe(
+        self, input_1SD: torch.Tensor, output_1SD: torch.Tensor, context: ModuleContext
+    ) -> torch.Tensor | None:
+        """Note one value per token, [S, ...], of a module of a decoder layer that has just run.
+
+        Asked at `observe_layers`, for self-attention and then the MLP: `input_1SD` is what the
+        module read (after the norm), `output_1SD` what it gave (before the residual sum), for all
+        S tokens of the sample. Only what is returned is kept; `DecoderContext.observed` has it.
+        """
+        raise NotImplementedError
+
     # -- declarations ---------------------------------------------------------------------------
 
     def decoder_layers(self, num_layers: int) -> Sequence[int]:
@@ -167,6 +187,10 @@ class Method:
 
     def attention_layers(self, num_layers: int) -> Sequence[int]:
         """Layers whose queries and keys `decoder` reads."""
+        return ()
+
+    def observe_layers(self, num_layers: int) -> Sequence[int]:
+        """Layers whose modules `observe` sees."""
         return ()
 
     def return_layers(self, num_layers: int) -> Sequence[int]:

@@ -87,6 +87,14 @@ class Adapter(ABC):
         """The attention module of every decoder layer."""
         return tuple(layer.get_submodule("self_attn") for layer in self.layers(model))
 
+    def text_norms(self, model: nn.Module) -> tuple[nn.Module, ...]:
+        """The norm before the attention of every decoder layer."""
+        return tuple(layer.get_submodule("input_layernorm") for layer in self.layers(model))
+
+    def text_mlps(self, model: nn.Module) -> tuple[nn.Module, ...]:
+        """The MLP of every decoder layer."""
+        return tuple(layer.get_submodule("mlp") for layer in self.layers(model))
+
     def text_config(self, model: nn.Module) -> Any:
         """The configuration of the text model."""
         return self.language_model(model).config

@@ -54,21 +54,30 @@ def project_text_qk(
         >>> q.shape, k.shape
         (torch.Size([1, 2, 3, 4]), torch.Size([1, 1, 3, 4]))
     """
-    cos, sin = (_merge_sections(part, attention)[:, None] for part in position_embeddings)
-    head_dim: Any = attention.head_dim
-
-    def project(raw: Tensor, norm: Any) -> Tensor:
-        x_BNHD = raw.unflatten(-1, (-1, head_dim))
-        if norm is not None:
-            # Qwen3 normalises each head, OLMo and others the whole row: the weight's size tells.
-            per_head = norm.weight.numel() == head_dim
-            x_BNHD = norm(x_BNHD) if per_head else norm(raw).view_as(x_BNHD)
-        return rotate(x_BNHD.transpose(1, 2), cos, sin)
-
-    q_BHND = project(q_raw, getattr(attention, "q_norm", None))
+    q_BHND = _project(attention, q_raw, "q_norm", position_embeddings)
     if k_raw is None:
         return q_BHND, None
-    return q_BHND, project(k_raw, getattr(attention, "k_norm", None))
+    return q_BHND, project_text_k(attention, k_raw, position_embeddings)
+
+
+def project_text_k(
+    attention: nn.Module, k_raw: Tensor, position_embeddings: tuple[Tensor, Tensor]
+) -> Tensor:
+    """Keys [B, G, N, D] of a decoder layer from its `k_proj` alone; see `project_text_qk`."""
+    return _project(attention, k_raw, "k_norm", position_embeddings)
+
+
+def _project(
+    attention: nn.Module, raw: Tensor, norm_name: str, position_embeddings: tuple[Tensor, Tensor]
+) -> Tensor:
+    cos, sin = (_merge_sections(part, attention)[:, None] for part in position_embeddings)
+    norm: Any = getattr(attention, norm_name, None)
+    head_dim: Any = attention.head_dim
+    x_BNHD = raw.unflatten(-1, (-1, head_dim))
+    if norm is not None:
+        # Qwen3 normalises each head, OLMo and others the whole row: the weight's size tells.
+        x_BNHD = norm(x_BNHD) if norm.weight.numel() == head_dim else norm(raw).view_as(x_BNHD)
+    return rotate(x_BNHD.transpose(1, 2), cos, sin)
 
 
 def _merge_sections(part: Tensor, attention: nn.Module) -> Tensor:
