@@ -65,6 +65,8 @@ METHOD_TABLE: dict[str, Row] = {
         on_images=False,
         reads_text=True,
     ),
+    # More tokens in the first range than in the last, so that the last layer is the shortest.
+    "lvlm_csp": Row("lvlm_csp(clusters=0.6)", ("decoder",), retain=0.6, reads_text=True),
     "pool": Row("pool", ("projector",), merges=True),
     "quickvideo": Row("quickvideo(group_frames=2)", ("cache",)),
     "random": Row("random", ("projector",), exact=False),

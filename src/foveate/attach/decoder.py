@@ -194,9 +194,9 @@ class DecoderCall:
             for number, item in enumerate(self.items[sample]):
                 mine = visual.item_N[anchor_M] == number
                 item.report.alive[layer] = visual.target_N[anchor_M][mine]
-            if step.returns:
+            if any(back > layer for back in step.returns):
                 self.parked[step.number][sample] = park(self, sample, anchor_M, hidden_BLD)
-            self._carry_deepstack(sample, reduction, order_M)
+            self._carry_deepstack(layer, sample, reduction, order_M)
         if touched:
             hidden_BLD = self._write_merged(hidden_BLD, reductions)
             hidden_BLD = self._relayout(hidden_BLD, columns, anchors)
@@ -345,6 +345,9 @@ class DecoderCall:
         out_BLD[index] = hidden_BLD[index] + torch.cat(parts).to(hidden_BLD)
         return out_BLD
 
-    def _carry_deepstack(self, sample: int, reduction: Reduction, order_M: torch.Tensor) -> None:
-        for level in self.deepstack:
+    def _carry_deepstack(
+        self, layer: int, sample: int, reduction: Reduction, order_M: torch.Tensor
+    ) -> None:
+        # Levels behind earlier layers are spent; tokens that were parked then are not in them.
+        for level in self.deepstack[layer:]:
             level[sample] = reduction.apply(level[sample][None])[0, order_M]

@@ -23,6 +23,7 @@ _BUILTIN: dict[str, str] = {
     "fastervlm": "foveate.methods.fastervlm:FasterVLM",
     "fastv": "foveate.methods.fastv:FastV",
     "holitom": "foveate.methods.holitom:HoliTom",
+    "lvlm_csp": "foveate.methods.lvlm_csp:LVLMCSP",
     "pool": "foveate.methods.pool:Pool",
     "quickvideo": "foveate.methods.quickvideo:QuickVideo",
     "random": "foveate.methods.random:Random",
