@@ -41,7 +41,7 @@ class TowerBatches(Dataset):
     def __getitem__(self, step: int) -> dict[str, Any]:
         size, pixels = self.size, []
         cells = {"patches": size.patch, "tokens": 2 * size.patch}
-        labels: dict[str, list[Any]] = {name: [] for name in cells}
+        labels: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in cells}
         for index in range(size.tower.clips):
             scene = self.world.sample(self.first + step * size.tower.clips + index).scene
             draw = Draw(scene.name, "frames")
@@ -52,9 +52,10 @@ class TowerBatches(Dataset):
                 labels[name].append(dense_labels(scene, masks_THW, frames, cell))
         batch: dict[str, Any] = {"frames": torch.from_numpy(np.concatenate(pixels))}
         for name, parts in labels.items():
-            joined = (np.concatenate(column) for column in zip(*parts, strict=True))
-            kinds = ("kind", "color", "place")
-            batch[name] = {key: torch.from_numpy(x) for key, x in zip(kinds, joined, strict=True)}
+            batch[name] = {
+                key: torch.from_numpy(np.concatenate([part[key] for part in parts]))
+                for key in parts[0]
+            }
         return batch
 
 

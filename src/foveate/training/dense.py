@@ -1,8 +1,10 @@
-"""Dense pre-training of the vision tower: what each patch shows, and where its centre lies.
+"""Dense pre-training of the vision tower: what each patch shows, and where in the frame that is.
 
 A tower that has to learn shapes through one answer word per clip learns slowly. Every patch of
 every frame has an exact label in the world, so it learns from those first, before and after the
-projector and its pooling: the tokens that the language model will see carry kind, colour and place.
+projector and its pooling: the tokens that the language model will see carry kind, colour, place and
+how many things they stand for. Places are those in the frame: a language model that had to infer
+them from the order of the tokens learned "where" last of all.
 
 Legend: T frames, H, W pixels, N cells of a frame, K sprites, B frames of a batch, D channels.
 """
@@ -24,14 +26,16 @@ KINDS: tuple[str, ...] = ("", *SHAPES, *DIGITS, *WORDS)
 _COLORS = tuple(COLORS)
 #: A cell shows a sprite when it covers this fraction of it.
 _COVERED = 1 / 16
-#: Nothing is by far the most frequent kind.
+#: Nothing is by far the most frequent kind, and no centre the most frequent number of them.
 _NOTHING_WEIGHT = 0.05
+#: Numbers of centres in a cell that are told apart: 0, 1, 2, and more.
+_CENTRES = 4
 
 
 def dense_labels(
     scene: Scene, masks_THW: np.ndarray, frames: list[int], cell: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What covers each cell most.
+) -> dict[str, np.ndarray]:
+    """What covers each cell most, and how many things have their centre in it.
 
     Args:
         scene: the scene.
@@ -40,8 +44,10 @@ def dense_labels(
         cell: side of a cell, pixels.
 
     Returns:
-        kinds int64 [T, N] (0: nothing), colours int64 [T, N] (-1: none) and places float32
-        [T, N, 2]: from the cell's centre to the sprite's, in fractions of the frame.
+        ``kind`` int64 [T, N] (0: nothing); ``color`` int64 [T, N] (-1: none); ``place`` float32
+        [T, N, 2]: the centre of that sprite, or of the cell where there is none, in fractions of
+        the frame's width and height; ``centres`` int64 [T, N]: shapes and signs whose centre lies
+        in the cell, at most 3.
     """
     T, H, W = masks_THW.shape
     rows, columns = H // cell, W // cell
@@ -52,45 +58,64 @@ def dense_labels(
     area = np.bincount((blocks + offsets).reshape(-1), minlength=len(blocks) * count)
     area = area.reshape(T, rows * columns, count)
     kind_K, color_K = np.zeros(count, dtype=np.int64), np.full(count, -1, dtype=np.int64)
-    centers_TK2 = np.zeros((T, count, 2), dtype=np.float32)
+    centers_TK2 = np.full((T, count, 2), -1.0, dtype=np.float32)
     for sprite in scene.sprites:
         if sprite.kind == "speck":
             continue
         kind_K[sprite.id] = KINDS.index(sprite.shape or sprite.text)
         color_K[sprite.id] = _COLORS.index(sprite.color) if sprite.color else -1
-        centers_TK2[:, sprite.id] = [sprite.center(frame, scene.frames) for frame in frames]
+        centers_TK2[:, sprite.id] = [
+            sprite.center(frame, scene.frames) if sprite.present(frame) else (-1.0, -1.0)
+            for frame in frames
+        ]
     # Background and specks never win a cell from a sprite that covers enough of it.
     area = area * (kind_K > 0)
     top_TN = area.argmax(axis=2)
     top_TN[area.max(axis=2) < _COVERED * cell * cell] = 0
     grid_y, grid_x = np.mgrid[:rows, :columns]
     cells_N2 = np.stack([(grid_x + 0.5) / columns, (grid_y + 0.5) / rows], axis=-1).reshape(-1, 2)
-    places = np.take_along_axis(centers_TK2, top_TN[..., None], axis=1) - cells_N2
-    return kind_K[top_TN], color_K[top_TN], places.astype(np.float32)
+    places = np.take_along_axis(centers_TK2, top_TN[..., None], axis=1)
+    places = np.where(top_TN[..., None] > 0, places, cells_N2.astype(np.float32))
+    return {
+        "kind": kind_K[top_TN],
+        "color": color_K[top_TN],
+        "place": places,
+        "centres": _count_centres(centers_TK2, rows, columns),
+    }
+
+
+def _count_centres(centers_TK2: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """How many centres lie in each cell, at most `_CENTRES` - 1: int64 [T, N]."""
+    T = len(centers_TK2)
+    x_TK = np.floor(centers_TK2[..., 0] * columns).astype(np.int64)
+    y_TK = np.floor(centers_TK2[..., 1] * rows).astype(np.int64)
+    inside_TK = (x_TK >= 0) & (x_TK < columns) & (y_TK >= 0) & (y_TK < rows)
+    cell_TK = np.arange(T)[:, None] * rows * columns + y_TK * columns + x_TK
+    counted = np.bincount(cell_TK[inside_TK], minlength=T * rows * columns)
+    return np.minimum(counted, _CENTRES - 1).reshape(T, rows * columns)
 
 
 class DenseHead(nn.Module):
-    """Linear read-out of kind, colour and place from features of D channels."""
+    """Linear read-out of kind, colour, place and number of centres from features of D channels."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
-        self.read = nn.Linear(width, len(KINDS) + len(_COLORS) + 2)
+        self.read = nn.Linear(width, len(KINDS) + len(_COLORS) + 2 + _CENTRES)
 
     def loss(self, x_BND: Tensor, labels: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean loss over a batch, and what fraction of kinds and colours is right."""
         out = self.read(self.norm(x_BND)).float()
-        kinds, colors, places = out.split([len(KINDS), len(_COLORS), 2], dim=-1)
+        kinds, colors, places, centres = out.split([len(KINDS), len(_COLORS), 2, _CENTRES], dim=-1)
         kind_BN, color_BN = labels["kind"], labels["color"]
-        weight = torch.ones(len(KINDS), device=out.device)
-        weight[0] = _NOTHING_WEIGHT
-        loss = F.cross_entropy(kinds.flatten(0, 1), kind_BN.flatten(), weight)
         colored, shown = color_BN >= 0, kind_BN > 0
+        loss = _weighted(kinds, kind_BN) + _weighted(centres, labels["centres"])
         loss = loss + F.cross_entropy(
             colors.flatten(0, 1), color_BN.flatten(), ignore_index=-1, reduction="sum"
         ) / colored.sum().clamp(min=1)
         off = F.smooth_l1_loss(places, labels["place"], beta=0.02, reduction="none").sum(-1)
-        loss = loss + 8 * (off * shown).sum() / shown.sum().clamp(min=1)
+        weight = torch.where(shown, 1.0, _NOTHING_WEIGHT)
+        loss = loss + 8 * (off * weight).sum() / weight.sum()
         with torch.no_grad():
             right = (kinds.argmax(-1) == kind_BN) & shown
             hues = (colors.argmax(-1) == color_BN) & colored
@@ -99,7 +124,15 @@ class DenseHead(nn.Module):
             "kind": right.sum() / shown.sum().clamp(min=1),
             "color": hues.sum() / colored.sum().clamp(min=1),
             "place": far.sum() / shown.sum().clamp(min=1),
+            "centres": (centres.argmax(-1) == labels["centres"]).float().mean(),
         }
+
+
+def _weighted(logits_BNK: Tensor, labels_BN: Tensor) -> Tensor:
+    """Cross entropy in which class 0, nothing, counts little."""
+    weight = torch.ones(logits_BNK.shape[-1], device=logits_BNK.device)
+    weight[0] = _NOTHING_WEIGHT
+    return F.cross_entropy(logits_BNK.flatten(0, 1), labels_BN.flatten(), weight)
 
 
 class DenseHeads(nn.Module):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
 import time
 from collections.abc import Iterable
@@ -22,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import foveate
+from foveate.core.hardware import hardware
 from foveate.training.data import AnswerBatches, TowerBatches, batches
 from foveate.training.dense import DenseHeads
 from foveate.training.evaluate import VIEWS, summary, world_accuracy
@@ -124,7 +124,7 @@ class EmbeddedTraining:
             raise FileExistsError(
                 f"{self.folder} holds a finished model; name another folder or move it away."
             )
-        settings = json.loads(json.dumps({"size": self.size.as_dict(), "seed": self.seed}))
+        settings = {"size": self.size.as_dict(), "seed": self.seed}
         if file.exists():
             if not self.resume:
                 raise FileExistsError(
@@ -279,18 +279,6 @@ def answer_loss(
             "answer_loss": (losses * answers).sum() / answers.sum().clamp(min=1),
         }
     return (losses * weights).sum() / weights.sum(), facts
-
-
-def hardware(device: str) -> str:
-    """What this runs on, in words."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text().splitlines()
-        name = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), name)
-    return f"{torch.get_num_threads()} threads of {name}"
 
 
 def _thinned(history: list[dict[str, float]], points: int = 40) -> list[dict[str, float]]:

@@ -67,8 +67,9 @@ class Size:
         return self.frames * self.tokens_per_frame + 1
 
     def as_dict(self) -> dict[str, Any]:
-        """As plain data, for checkpoints and model cards."""
-        return asdict(self)
+        """As plain data, for checkpoints and model cards: what JSON gives back."""
+        plain = asdict(self)
+        return {name: list(x) if isinstance(x, tuple) else x for name, x in plain.items()}
 
 
 SIZES: dict[str, Size] = {
@@ -94,9 +95,9 @@ SIZES: dict[str, Size] = {
         frames=16,
         vision=(128, 4, 4, 512),
         text=(192, 5, 6, 3, 512),
-        tower=Stage(1600, 64, 3e-3),
-        answers=Stage(6000, 8, 1.5e-3, 200),
-        joint=Stage(800, 8, 5e-4, 50),
+        tower=Stage(1000, 64, 3e-3),
+        answers=Stage(4000, 8, 1.5e-3, 200),
+        joint=Stage(400, 8, 4e-4, 50),
         dtype="bfloat16",
     ),
     # For one data-centre GPU: 785 visual tokens a clip, 10 million parameters.
