@@ -54,6 +54,7 @@ METHOD_TABLE: dict[str, Row] = {
         reads_text=True,
     ),
     "divprune": Row("divprune", ("projector",)),
+    "evs": Row("evs", ("projector",), families=WITH_VIDEOS, on_images=False),
     "fastervlm": Row("fastervlm", ("projector",)),
     "fastv": Row("fastv", ("decoder",), reads_text=True),
     "holitom": Row(
@@ -67,6 +68,7 @@ METHOD_TABLE: dict[str, Row] = {
     ),
     # More tokens in the first range than in the last, so that the last layer is the shortest.
     "lvlm_csp": Row("lvlm_csp(clusters=0.6)", ("decoder",), retain=0.6, reads_text=True),
+    "m3": Row("m3", ("projector",), merges=True),
     "pool": Row("pool", ("projector",), merges=True),
     "quickvideo": Row("quickvideo(group_frames=2)", ("cache",)),
     "random": Row("random", ("projector",), exact=False),
@@ -78,4 +80,6 @@ METHOD_TABLE: dict[str, Row] = {
         families=tuple(f for f in TINY_FAMILIES if f not in PACKED),
     ),
     "uniform": Row("uniform", ("projector",), exact=False),
+    "vidcom2": Row("vidcom2", ("projector",), families=WITH_VIDEOS, on_images=False),
+    "visionzip": Row("visionzip", ("projector",), exact=False, merges=True),
 }

@@ -110,7 +110,9 @@ def test_budget_changes_between_calls(name, family):
         third = second_token()
     with attach(name, model):
         assert torch.equal(second_token(), second)
-    assert torch.equal(third, second_token()) and not torch.equal(first, second)
+    assert torch.equal(third, second_token())
+    # Frames of 2 x 2 tokens have one pooled size: both budgets give it.
+    assert torch.equal(first, second) == (name == "m3")
 
 
 @every_case

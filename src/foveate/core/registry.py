@@ -20,15 +20,19 @@ ENTRY_POINT_GROUP = "foveate.methods"
 _BUILTIN: dict[str, str] = {
     "aim": "foveate.methods.aim:AIM",
     "divprune": "foveate.methods.divprune:DivPrune",
+    "evs": "foveate.methods.evs:EVS",
     "fastervlm": "foveate.methods.fastervlm:FasterVLM",
     "fastv": "foveate.methods.fastv:FastV",
     "holitom": "foveate.methods.holitom:HoliTom",
     "lvlm_csp": "foveate.methods.lvlm_csp:LVLMCSP",
+    "m3": "foveate.methods.m3:M3",
     "pool": "foveate.methods.pool:Pool",
     "quickvideo": "foveate.methods.quickvideo:QuickVideo",
     "random": "foveate.methods.random:Random",
     "tome": "foveate.methods.tome:ToMe",
     "uniform": "foveate.methods.uniform:Uniform",
+    "vidcom2": "foveate.methods.vidcom2:VidCom2",
+    "visionzip": "foveate.methods.visionzip:VisionZip",
 }
 _methods: dict[str, str | type[Method]] = dict(_BUILTIN)
 _outside_loaded = False
