@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import platform
-from pathlib import Path
 
-import torch
 from torch import nn
 
 from foveate.errors import UnknownModelError
@@ -44,18 +41,3 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(flat[::step].double().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def describe_hardware(device: torch.device) -> str:
-    """The machine in words: the GPU's name, or the processor's and its threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next(
-            (x.partition(":")[2].strip() for x in lines if x.startswith("model name")), name
-        )
-    except OSError:
-        pass
-    return f"{name}, {torch.get_num_threads()} threads"

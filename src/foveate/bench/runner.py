@@ -23,13 +23,14 @@ from foveate.bench.generation import Generator, Tally, UntouchedCosts
 from foveate.bench.inputs import CACHE_BYTES, Prompt, Prompts
 from foveate.bench.matching import is_correct
 from foveate.bench.measure import measure_times, peak_memory
-from foveate.bench.model import describe_hardware, fingerprint
+from foveate.bench.model import fingerprint
 from foveate.bench.plan import PlannedCell, plan_cells
 from foveate.bench.store import RunFolder, cell_key
 from foveate.bench.suite import Suite
 from foveate.bench.summary import BenchResult, read_result
 from foveate.checkpoints import load_model
 from foveate.core import Recipe
+from foveate.core.hardware import hardware
 
 #: Questions that are timed, each about another clip.
 TIMED = 2
@@ -282,7 +283,7 @@ def _identity(model: nn.Module, name: str, suite: Suite, prompts: Prompts) -> di
         "damaged": list(prompts.damaged),
         "device": prompts.device.type,
         "dtype": str(prompts.dtype).removeprefix("torch."),
-        "hardware": describe_hardware(prompts.device),
+        "hardware": hardware(prompts.device),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "foveate": __version__,

@@ -12,6 +12,7 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 
+from foveate._wording import count, duration
 from foveate.checkpoints import (
     EMBEDDED,
     embedded_folder,
@@ -22,7 +23,6 @@ from foveate.checkpoints import (
 from foveate.cli.output import facts, out, print_json, progress, recipe_line, stage_table
 from foveate.core import Recipe
 from foveate.view.answer import Answer, ask
-from foveate.view.charts import count, duration
 from foveate.view.html import check_destination, save_report
 
 _DTYPES = {

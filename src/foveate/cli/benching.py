@@ -13,13 +13,13 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 
+from foveate._wording import duration
 from foveate.bench.plan import parse_budgets, plan_cells
 from foveate.bench.runner import run_bench
 from foveate.bench.stats import Interval
 from foveate.bench.suite import open_suite
 from foveate.bench.summary import BenchResult, CellResult
 from foveate.cli.output import err, out, print_json, progress
-from foveate.view.charts import duration
 
 _DTYPES = {
     "auto": None,

@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from foveate._wording import count, duration, flops
 from foveate.errors import FoveateError
-from foveate.view.charts import count, duration, flops
 
 if TYPE_CHECKING:
     from foveate.core import Recipe, Report

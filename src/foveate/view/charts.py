@@ -9,35 +9,10 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from foveate._wording import count, duration, flops
+
 _WIDTH, _LEFT, _RIGHT = 520, 56, 14
 PART_CLASSES = ("p0", "p1", "p2", "p3", "p4", "p5")
-
-
-def count(value: float) -> str:
-    """A whole number for people: 6272 -> "6,272"."""
-    return f"{value:,.0f}"
-
-
-def plural(number: int, word: str) -> str:
-    """A count with its noun: (1, "frame") -> "1 frame"."""
-    return f"{count(number)} {word}{'' if number == 1 else 's'}"
-
-
-def flops(value: float) -> str:
-    """FLOPs with a fitting prefix: 4.08e13 -> "40.8 TFLOPs"."""
-    for size, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
-        if value >= size:
-            return f"{value / size:.3g} {prefix}FLOPs"
-    return f"{value:.3g} FLOPs"
-
-
-def duration(seconds: float) -> str:
-    """Seconds with a fitting unit: 0.0042 -> "4.2 ms"."""
-    if seconds >= 100:
-        return f"{seconds:.0f} s"
-    if seconds >= 1:
-        return f"{seconds:.2f} s"
-    return f"{1e3 * seconds:.3g} ms" if seconds >= 1e-3 else f"{1e6 * seconds:.3g} µs"
 
 
 def steps_chart(series: Sequence[tuple[str, str, Sequence[float]]], title: str, axis: str) -> str:

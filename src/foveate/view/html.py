@@ -10,16 +10,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from foveate._wording import count, duration, flops, plural
 from foveate.core.report import ItemReport, Report, merge_layers
-from foveate.view.charts import (
-    count,
-    duration,
-    flops,
-    flops_chart,
-    layers_chart,
-    plural,
-    seconds_chart,
-)
+from foveate.view.charts import flops_chart, layers_chart, seconds_chart
 from foveate.view.item import item_section
 
 #: Bytes that all pictures of a report may take as text; a report of any length stays below 3 MB.

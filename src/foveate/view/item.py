@@ -7,8 +7,8 @@ import json
 from html import escape
 from typing import Any
 
+from foveate._wording import count, plural
 from foveate.core.report import ItemReport, Report
-from foveate.view.charts import count, plural
 from foveate.view.draw import item_pictures, plane_label
 from foveate.view.layout import ItemView, view_item
 from foveate.view.pictures import Thumbnail, packed_alive, packed_groups, thumbnails
