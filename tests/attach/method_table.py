@@ -79,6 +79,7 @@ METHOD_TABLE: dict[str, Row] = {
         merges=True,
         families=tuple(f for f in TINY_FAMILIES if f not in PACKED),
     ),
+    "ts_llava": Row("ts_llava", ("projector",), families=WITH_VIDEOS, on_images=False),
     "uniform": Row("uniform", ("projector",), exact=False),
     "vidcom2": Row("vidcom2", ("projector",), families=WITH_VIDEOS, on_images=False),
     "visionzip": Row("visionzip", ("projector",), exact=False, merges=True),

@@ -23,7 +23,7 @@ NAMES = [
 ]
 BUDGETS = [Budget(retain=0.1), Budget(retain=0.37), Budget(tokens=11)]
 
-VIDEOS_ONLY = {"evs", "holitom", "vidcom2"}
+VIDEOS_ONLY = {"evs", "holitom", "ts_llava", "vidcom2"}
 
 every_method = pytest.mark.parametrize("name", NAMES)
 every_layout = pytest.mark.parametrize("grid", LAYOUTS.values(), ids=LAYOUTS)

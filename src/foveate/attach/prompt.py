@@ -146,9 +146,14 @@ class PromptReducer:
     text_ids: torch.Tensor | None
 
     def reduce_item(
-        self, item: VisualItem, number: int, x_1ND: torch.Tensor, text: Callable[[str], Any]
+        self,
+        items: list[VisualItem],
+        number: int,
+        x_1ND: torch.Tensor,
+        text: Callable[[str], Any],
     ) -> Tokens:
         """One item after all steps; its `reduction` is None when nothing acted on it."""
+        item, grids = items[number], tuple(other.grid for other in items)
         tokens = Tokens.from_grid(x_1ND, item.grid)
         for step, method in self.steps:
             budget = self.budget(step, item.sample)
@@ -167,6 +172,8 @@ class PromptReducer:
                 method=method.name,
                 seed=self.seed + number,
                 grid=item.grid,
+                item=number,
+                grids=grids,
                 read=read,
             )
             with torch.no_grad():
@@ -254,7 +261,7 @@ class PromptReducer:
         for number, item in enumerate(items):
             x_1ND = embeds_BLD[sample : sample + 1, item.rows_N]
             text = self._text_reader(item, items, text_S, embeds_BLD)
-            tokens = self.reduce_item(item, number, x_1ND, text)
+            tokens = self.reduce_item(items, number, x_1ND, text)
             outs.append(tokens)
             reduction, size = tokens.reduction, item.grid.num_tokens
             for level, parts in zip(deepstack, level_parts, strict=True):

@@ -134,11 +134,15 @@ class ProjectorContext(Context):
 
     Attributes:
         grid: layout of the item's tokens.
+        item: which of the sample's visual items this is.
+        grids: layouts of all of them, in the order of the prompt; empty when unknown.
         read: gives a declared signal or None; use `signal`.
         carried: what `carry` noted.
     """
 
     grid: Grid = field(default_factory=lambda: Grid.image(1, 1))
+    item: int = 0
+    grids: tuple[Grid, ...] = ()
     read: Callable[[str], torch.Tensor | None] = lambda name: None
     carried: MutableMapping[str, torch.Tensor] = field(default_factory=dict)
 

@@ -30,6 +30,7 @@ _BUILTIN: dict[str, str] = {
     "quickvideo": "foveate.methods.quickvideo:QuickVideo",
     "random": "foveate.methods.random:Random",
     "tome": "foveate.methods.tome:ToMe",
+    "ts_llava": "foveate.methods.ts_llava:TSLLaVA",
     "uniform": "foveate.methods.uniform:Uniform",
     "vidcom2": "foveate.methods.vidcom2:VidCom2",
     "visionzip": "foveate.methods.visionzip:VisionZip",
