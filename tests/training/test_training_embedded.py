@@ -239,6 +239,9 @@ def test_the_card_says_what_was_done(learned: tuple[Path, list[tuple], dict[str,
     for rows in test["accuracy"].values():
         assert "overall" in rows and set(rows) <= {"overall", *TASKS} and len(rows) > 8
         assert all(0 <= value <= 1 for value in rows.values())
+        # Overall is over questions, not over tasks.
+        right = sum(rows[task] * count for task, count in test["questions"].items())
+        assert rows["overall"] == pytest.approx(right / sum(test["questions"].values()))
     from safetensors.torch import load_file
 
     weights = load_file(folder / "model.safetensors")

@@ -211,13 +211,14 @@ class EmbeddedTraining:
     def _card(self, model: Any, runs: Iterable[Run], tell: Tell) -> dict[str, Any]:
         """What was trained, how, on what, and how well it answers."""
         began = time.perf_counter()
-        accuracy = {}
+        accuracy, questions = {}, {}
         for done, view in enumerate(VIEWS):
             tell("evaluation", done, len(VIEWS), {})
             counts = world_accuracy(
                 model, self.size, seed=self.seed, split="test", clips=self.clips, view=view
             )
             accuracy[view] = summary(counts)
+            questions = {task: asked for task, (_, asked) in counts.items() if asked}
         tell("evaluation", len(VIEWS), len(VIEWS), {})
         return {
             "foveate": foveate.__version__,
@@ -237,7 +238,12 @@ class EmbeddedTraining:
                 }
                 for run in runs
             },
-            "test": {"split": "test", "clips": self.clips, "accuracy": accuracy},
+            "test": {
+                "split": "test",
+                "clips": self.clips,
+                "questions": questions,
+                "accuracy": accuracy,
+            },
             "evaluation_seconds": round(time.perf_counter() - began, 1),
         }
 
