@@ -70,6 +70,7 @@ METHOD_TABLE: dict[str, Row] = {
     "lvlm_csp": Row("lvlm_csp(clusters=0.6)", ("decoder",), retain=0.6, reads_text=True),
     "m3": Row("m3", ("projector",), merges=True),
     "pool": Row("pool", ("projector",), merges=True),
+    "pyramiddrop": Row("pyramiddrop", ("decoder",), reads_text=True),
     "quickvideo": Row("quickvideo(group_frames=2)", ("cache",)),
     "random": Row("random", ("projector",), exact=False),
     "tome": Row(
@@ -79,6 +80,7 @@ METHOD_TABLE: dict[str, Row] = {
         merges=True,
         families=tuple(f for f in TINY_FAMILIES if f not in PACKED),
     ),
+    "transprune": Row("transprune", ("decoder",), reads_text=True),
     "ts_llava": Row("ts_llava", ("projector",), families=WITH_VIDEOS, on_images=False),
     "uniform": Row("uniform", ("projector",), exact=False),
     "vidcom2": Row("vidcom2", ("projector",), families=WITH_VIDEOS, on_images=False),

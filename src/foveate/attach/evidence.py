@@ -95,6 +95,7 @@ def observe(
                 layer=layer,
                 num_layers=call.num_layers,
                 module=module,
+                num_visual=call.num_visual[sample],
                 visual_N=torch.searchsorted(rows_S, visual.rows_N),
             )
             with torch.no_grad():

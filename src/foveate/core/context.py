@@ -82,6 +82,22 @@ class AttentionView:
         )
         return rows[..., self.num_past :]
 
+    def mean_of_last(self, num: int) -> torch.Tensor:
+        """Mean attention of the last `num` tokens to every token, float32 [1, S].
+
+        Mean over heads and those rows, which are never stored: O(num T d).
+        """
+        from foveate import ops
+
+        first = self.num_queries - num
+        sum_BT = ops.attention_column_sums(
+            self.queries(torch.arange(first, self.num_queries)),
+            self.k_BGTd,
+            scale=self.scale,
+            causal=True,
+        )
+        return sum_BT[:, self.num_past :] / num
+
     def last_row(self) -> torch.Tensor:
         """Attention of the last token, float32 [1, H, S]."""
         last = torch.tensor([self.num_queries - 1])
@@ -184,12 +200,14 @@ class ModuleContext(Context):
         layer: the layer that runs, 0-based.
         num_layers: decoder layers.
         module: "attention" or "mlp".
+        num_visual: visual tokens of the sample when they entered the language model.
         visual_N: positions of the visual tokens in the sample's sequence, int64 [N].
     """
 
     layer: int = 0
     num_layers: int = 1
     module: LayerModule = "attention"
+    num_visual: int = 0
     visual_N: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
 
 

@@ -22,6 +22,7 @@ from foveate.ops.merge import (
     scatter_sum,
     unmerge,
 )
+from foveate.ops.schedule import earlier_layers, mean_share, share_schedule
 from foveate.ops.score import (
     adjacent_similarity,
     attention_column_sums,
@@ -58,6 +59,7 @@ __all__ = [
     "change_points",
     "cosine_similarity_matrix",
     "dpc_knn",
+    "earlier_layers",
     "gather_tokens",
     "halving_weights",
     "k_centre",
@@ -66,6 +68,7 @@ __all__ = [
     "linear_decay_schedule",
     "masked_softmax",
     "max_min_diversity",
+    "mean_share",
     "merge_matched",
     "optimal_partition",
     "page_rank",
@@ -79,6 +82,7 @@ __all__ = [
     "scatter_mean",
     "scatter_sum",
     "segment_by_gain",
+    "share_schedule",
     "split_evenly",
     "top_k",
     "top_k_ragged",
