@@ -109,7 +109,6 @@ def write_run(
         "date": "2026-03-14T09:26:53+00:00",
         "command": "foveate bench --model embedded --recipes holitom,divprune --retain 0.05,0.1",
     }
-    (folder / "run.json").write_text(json.dumps(run))
     baselines = (
         ("random", "projector", 1.9, 0.8),
         ("uniform", "projector", 1.6, 0.8),
@@ -119,6 +118,8 @@ def write_run(
     if untouched:
         plan.append(("untouched", "", 0.0, 0.0, 1.0))
     plan += [(*recipe, budget) for budget in budgets for recipe in (*baselines, *recipes)]
+    run["planned"] = [[name, retain] for name, *_, retain in plan]
+    (folder / "run.json").write_text(json.dumps(run))
     with (folder / "cells.jsonl").open("w") as cells, (folder / "answers.jsonl").open("w") as out:
         for name, stage, harm, saves, retain in plan:
             noise = rng.normal(0, 0.35, items) if harm and retain < 1 else 0

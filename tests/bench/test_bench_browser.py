@@ -14,7 +14,7 @@ from bench_runs import large, write_run
 from PIL import Image
 
 from foveate.bench.report import render_report
-from foveate.bench.results import read_results
+from foveate.bench.results import read_result
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -89,7 +89,7 @@ def test_the_page_fits_follows_the_scheme_and_works_without_scripts(
     tmp_path: Path, width: int, scheme: int
 ) -> None:
     write_run(tmp_path, recipes=large(), clips=10)
-    html = render_report(read_results(tmp_path))
+    html = render_report(read_result(tmp_path))
     open_html = re.sub(r"<meta http-equiv[^>]*>", "", html).replace("</body>", PROBE)
     (tmp_path / "inner.html").write_text(open_html, encoding="utf-8")
     # A browser window has a least width; a frame has none.
@@ -114,7 +114,7 @@ def test_the_page_fits_follows_the_scheme_and_works_without_scripts(
 def test_the_page_as_it_is_raises_no_complaint(tmp_path: Path) -> None:
     write_run(tmp_path, clips=10)
     page = tmp_path / "report.html"
-    page.write_text(render_report(read_results(tmp_path)), encoding="utf-8")
+    page.write_text(render_report(read_result(tmp_path)), encoding="utf-8")
     image, log = shoot(tmp_path, page, LIGHT, (1000, 1400))
     assert not [line for line in log.splitlines() if "CONSOLE" in line]
     assert not re.findall(r"Refused to \w+.*|net::ERR_\w+", log)

@@ -18,12 +18,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from foveate.bench import stats
-from foveate.bench.estimates import Estimate
 from foveate.bench.report import markdown_table, render_report, write_report
 from foveate.bench.report_axes import accuracy_scale, share_ticks, spread
 from foveate.bench.report_plots import styles_of
 from foveate.bench.report_text import DASH
-from foveate.bench.results import read_results
+from foveate.bench.results import read_result
 
 NUMBER = r"([+\u2212]?\d+\.\d)"
 
@@ -35,7 +34,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def page(run: Path) -> ET.Element:
-    return parsed(render_report(read_results(run)))
+    return parsed(render_report(read_result(run)))
 
 
 def parsed(html: str) -> ET.Element:
@@ -86,7 +85,7 @@ def figures(cell: str) -> list[float]:
 
 
 def test_the_page_is_well_formed_and_loads_and_runs_nothing(run: Path, page: ET.Element) -> None:
-    html = render_report(read_results(run))
+    html = render_report(read_result(run))
     assert not re.search(r"https?:|url\(|@import|<script|javascript:|\son\w+=", html)
     for node in page.iter():
         assert node.get("href", "data:").startswith("data:") and node.get("src") is None
@@ -123,7 +122,7 @@ def test_nothing_from_outside_is_taken_for_markup(tmp_path: Path) -> None:
     run = json.loads((tmp_path / "run.json").read_text())
     run |= {"model": "<u>m</u>", "command": "</pre><b>", "hardware": "&nbsp;"}
     (tmp_path / "run.json").write_text(json.dumps(run))
-    page = parsed(render_report(read_results(tmp_path)))
+    page = parsed(render_report(read_result(tmp_path)))
     assert not [n for n in page.iter() if n.tag in ("i", "u")]
     assert not [n for n in page.iter() if n.get("onload")]
     assert [words(n) for n in page.iter("pre")] == ["</pre><b>"]
@@ -212,7 +211,7 @@ def test_thirty_recipes_have_labels_that_do_not_touch_and_looks_of_their_own(
     tmp_path: Path,
 ) -> None:
     write_run(tmp_path, recipes=bench_runs.large(), clips=10)
-    results = read_results(tmp_path)
+    results = read_result(tmp_path)
     page = parsed(render_report(results))
     for chart in of_class(page, "curves"):
         _, _, width, height = map(float, chart.get("viewBox", "").split())
@@ -286,7 +285,7 @@ def test_a_recipe_below_a_baseline_is_marked_with_and_without_certainty(tmp_path
     # Too few clips for certainty about the near ones, enough for the far one.
     recipes = (("close", "projector", 1.4, 0.8), ("bad", "projector", 3.0, 0.8))
     write_run(tmp_path, recipes=recipes, budgets=(0.1,), clips=25, seed=3)
-    shown = table_rows(sheet(parsed(render_report(read_results(tmp_path))), "Ranking", 0.1))
+    shown = table_rows(sheet(parsed(render_report(read_result(tmp_path))), "Ranking", 0.1))
     assert "excludes 0" in shown["bad"][-1] and "pool" in shown["bad"][-1]
     assert "excludes 0" not in shown["close"][-1] and "includes 0" in shown["close"][-1]
 
@@ -358,7 +357,7 @@ def test_recipes_that_could_not_run_are_named_with_the_reason(page: ET.Element) 
 
 
 def test_cells_without_timing_show_dashes(tmp_path: Path) -> None:
-    page = parsed(render_report(read_results(write_run(tmp_path, timed=False, clips=8))))
+    page = parsed(render_report(read_result(write_run(tmp_path, timed=False, clips=8))))
     for cells in table_rows(sheet(page, "Costs", 0.1)).values():
         assert cells[5:10] == [DASH] * 5
     assert DASH in markdown_table(tmp_path).split("`holitom`")[1].splitlines()[0]
@@ -372,13 +371,13 @@ def test_times_are_compared_within_the_same_minutes(tmp_path: Path) -> None:
         cell["first_token_untouched"] = {"median": 0.42, "low": 0.4, "high": 0.5, "repeats": 5}
         cell["first_token"] = {"median": 0.105, "low": 0.1, "high": 0.2, "repeats": 5}
     (tmp_path / "cells.jsonl").write_text("".join(json.dumps(cell) + "\n" for cell in cells))
-    shown = table_rows(sheet(parsed(render_report(read_results(tmp_path))), "Costs", 0.1))
+    shown = table_rows(sheet(parsed(render_report(read_result(tmp_path))), "Costs", 0.1))
     assert shown["holitom"][6] == "0.25\u00d7"
 
 
 def test_one_budget_one_task_and_no_untouched_cell(tmp_path: Path) -> None:
     write_run(tmp_path, budgets=(0.1,), tasks=("what",), untouched=False, clips=8)
-    page = parsed(render_report(read_results(tmp_path)))
+    page = parsed(render_report(read_result(tmp_path)))
     assert "untouched model has no result yet" in words(of_class(page, "banner")[0])
     titles = [words(p.find("h2")) for p in of_class(page, "panel")]  # type: ignore[arg-type]
     assert "By task" not in titles and "What is lost" not in titles
@@ -394,11 +393,11 @@ def test_an_unfinished_run_says_what_is_missing(tmp_path: Path) -> None:
     cells = (tmp_path / "cells.jsonl").read_text().splitlines(keepends=True)
     # Killed while the line after the last whole one was written.
     (tmp_path / "cells.jsonl").write_text("".join(cells[:12]) + cells[12][:40])
-    results = read_results(tmp_path)
+    results = read_result(tmp_path)
     assert len(results.cells) == 12
     page = parsed(render_report(results))
-    assert "5 cells without a result yet" in words(of_class(page, "banner")[0])
-    assert "5 cells without a result yet" in markdown_table(tmp_path)
+    assert "21 cells without a result yet" in words(of_class(page, "banner")[0])
+    assert "21 cells without a result yet" in markdown_table(tmp_path)
     assert len(of_class(page, "series")) > 0
 
 
@@ -414,14 +413,14 @@ def test_a_run_without_results_is_told_so(tmp_path: Path, cells: str) -> None:
 def test_cells_without_their_answers_keep_their_accuracy(tmp_path: Path) -> None:
     write_run(tmp_path, clips=8)
     (tmp_path / "answers.jsonl").unlink()
-    shown = table_rows(sheet(parsed(render_report(read_results(tmp_path))), "Ranking", 0.1))
+    shown = table_rows(sheet(parsed(render_report(read_result(tmp_path))), "Ranking", 0.1))
     cell = next(c for c in rows_of(tmp_path, "cells.jsonl") if c["retain"] == 0.1)
     assert figures(shown[cell["recipe"]][3]) == [100 * cell["correct"] / cell["items"]]
     assert "±" not in markdown_table(tmp_path).split("`holitom`")[1].splitlines()[0]
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"holds neither run\.json nor cells\.jsonl"):
+    with pytest.raises(ValueError, match=r"holds no run\.json"):
         write_report(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -432,8 +431,8 @@ def test_the_latest_line_of_a_cell_holds(tmp_path: Path) -> None:
     other = next(c for c in rows_of(tmp_path, "cells.jsonl") if c["recipe"] == "holitom")
     with (tmp_path / "cells.jsonl").open("a") as file:
         file.write(json.dumps({**other, "recipe": "fastv", "retain": cell["retain"]}) + "\n")
-    again = read_results(tmp_path).cells["fastv", cell["retain"]]
-    assert again.error is None and again.share_correct is not None
+    (again,) = [c for c in read_result(tmp_path).of("fastv") if c.retain == cell["retain"]]
+    assert again.error is None and again.accuracy is not None
 
 
 # -- markdown -------------------------------------------------------------------------------------
@@ -519,7 +518,7 @@ def test_labels_keep_their_order_their_distance_and_their_room(
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=9))
 def test_accuracy_axes_hold_their_figures_with_round_steps(values: list[float]) -> None:
-    scale = accuracy_scale([Estimate(value) for value in values])
+    scale = accuracy_scale([stats.Interval(value) for value in values])
     assert scale.bottom <= min(values) + 1e-9 and scale.top >= max(values) - 1e-9
     assert 2 <= len(scale.levels) <= 9
     assert scale.bottom / scale.step == pytest.approx(round(scale.bottom / scale.step))

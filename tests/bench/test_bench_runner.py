@@ -69,6 +69,7 @@ def bench(loaded: tuple[Any, Any], tmp_path: Path) -> Callable[..., BenchResult]
         settings = {
             "suite": Suite("mine", items()),
             "out": tmp_path / "out",
+            "model": loaded[0],
             "processor": loaded[1],
             "frames": 6,
             "max_new_tokens": 2,
@@ -76,7 +77,7 @@ def bench(loaded: tuple[Any, Any], tmp_path: Path) -> Callable[..., BenchResult]
             "baselines": False,
             **options,
         }
-        return run_bench(loaded[0], recipes, retain, **settings)
+        return run_bench(recipes, retain, **settings)
 
     return run
 
@@ -122,7 +123,7 @@ def test_cells_are_planned_before_anything_is_loaded() -> None:
 
 def test_a_misspelt_recipe_is_found_before_the_model(tmp_path: Path) -> None:
     with pytest.raises(UnknownMethodError):
-        run_bench("no/such/model", "holitim", 0.1, Suite("s", items()), out=tmp_path / "out")
+        run_bench("holitim", 0.1, Suite("s", items()), model="no/such/model", out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -146,11 +147,11 @@ def test_batches_answer_like_single_questions(
         ]
     ]
     result = run_bench(
-        model,
         "holitom",
         0.4,
         Suite("as one by one", asked),
         out=tmp_path / "out",
+        model=model,
         processor=processor,
         **{"frames": 6, "max_new_tokens": 3, "batch": 4, "repeats": 0, "baselines": False},
     )
@@ -186,7 +187,7 @@ def test_figures_of_a_cell(bench: Callable[..., BenchResult]) -> None:
     assert fastv["visual_after"] == 55 and fastv["stages"][0]["layer"] == 1
     left = fastv["stages"][0]["after"]
     assert fastv["layer_tokens"] == pytest.approx([text[0] + 55] + [text[0] + left] * 3)
-    per_layer = [result.visual_per_layer(cell) for cell in result.cells]
+    per_layer = [cell.visual_per_layer for cell in result.cells]
     assert per_layer == pytest.approx([55, 16, (55 + 3 * left) / 4])
     for figures in (untouched, divprune, fastv):
         first = figures["first_token"]
@@ -291,6 +292,40 @@ def test_a_recipe_that_fails_is_shown_and_the_run_goes_on(
     assert "IndexError: no such row" in str(result)
     failed = result.as_dict()["cells"][1]
     assert failed["items"] == 0 and failed["accuracy"] is None
+
+
+def test_failed_cells_are_measured_again_when_asked(
+    bench: Callable[..., BenchResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate, broken = Generator.generate, [True]
+
+    def flaky(self: Generator, inputs: Any, tokens: int, **options: Any) -> Any:
+        if broken[0] and "measured" in broken:
+            raise RuntimeError("the disk is full")
+        return generate(self, inputs, tokens, **options)
+
+    monkeypatch.setattr(Generator, "generate", flaky)
+    mark = lambda line: broken.append("measured")  # noqa: E731
+    first = bench(on_cell=mark)  # the untouched model answers, divprune does not
+    assert [cell.error for cell in first.cells] == [None, "RuntimeError: the disk is full"]
+    broken[0] = False
+    seen: list[Any] = []
+    assert bench(on_cell=seen.append).cells[1].error and not seen
+    again = bench(on_cell=seen.append, retry_failed=True)
+    assert [cell.error for cell in again.cells] == [None, None]
+    assert [line["recipe"] for line in seen] == ["divprune"]
+    assert len(stable(again.folder)) == 2 and len(answers(again.folder)) == 18
+
+
+def test_planned_cells_of_all_calls_are_known(bench: Callable[..., BenchResult]) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        bench("divprune", [0.3, 0.5], progress=Stop(4 + 3))
+    stopped = read_result(bench("fastv", [0.3]).folder)
+    planned = [("untouched", 1.0), ("divprune", 0.3), ("divprune", 0.5), ("fastv", 0.3)]
+    assert [tuple(key) for key in stopped.run["planned"]] == planned
+    assert stopped.missing == [key for key in planned if key not in {c.key for c in stopped.cells}]
+    assert ("divprune", 0.5) in stopped.missing
+    assert bench("divprune", [0.3, 0.5]).missing == []
 
 
 def test_the_untouched_model_must_answer(

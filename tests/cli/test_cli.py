@@ -117,7 +117,7 @@ def test_the_options_are_frozen() -> None:
         "bench": [
             *("--batch", "--clips", "--device", "--dtype", "--frames", "--json"),
             *("--max-new-tokens", "--model", "--out", "--recipes", "--repeats", "--retain"),
-            *("--seed", "--suite", "--tasks", "-m", "-o", "-r"),
+            *("--retry-failed", "--seed", "--suite", "--tasks", "-m", "-o", "-r"),
         ],
         "train": [],
         "train embedded": [

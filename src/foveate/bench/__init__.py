@@ -2,8 +2,8 @@
 
 Example:
     >>> from foveate.bench import WorldSuite, run_bench
-    >>> result = run_bench("embedded", "holitom,divprune", [0.1, 0.5], WorldSuite(clips=50),
-    ...                    out="report")                                    # doctest: +SKIP
+    >>> result = run_bench("holitom,divprune", [0.1, 0.5], WorldSuite(clips=50), out="report")
+    ...                                                                     # doctest: +SKIP
     >>> print(result)                                                       # doctest: +SKIP
 """
 
@@ -13,17 +13,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from foveate.bench.cells import Cell
     from foveate.bench.matching import is_correct
     from foveate.bench.report import write_report
+    from foveate.bench.results import BenchResult, read_result
     from foveate.bench.runner import run_bench
     from foveate.bench.stats import Interval, accuracy, difference, wilson
     from foveate.bench.suite import FolderSuite, Item, Suite, WorldSuite, open_suite
-    from foveate.bench.summary import BenchResult, CellResult, read_result
 
 # Resolved at first use: help texts need neither torch nor transformers.
 _LAZY = {
-    "BenchResult": "foveate.bench.summary",
-    "CellResult": "foveate.bench.summary",
+    "BenchResult": "foveate.bench.results",
+    "Cell": "foveate.bench.cells",
     "FolderSuite": "foveate.bench.suite",
     "Interval": "foveate.bench.stats",
     "Item": "foveate.bench.suite",
@@ -33,7 +34,7 @@ _LAZY = {
     "difference": "foveate.bench.stats",
     "is_correct": "foveate.bench.matching",
     "open_suite": "foveate.bench.suite",
-    "read_result": "foveate.bench.summary",
+    "read_result": "foveate.bench.results",
     "run_bench": "foveate.bench.runner",
     "wilson": "foveate.bench.stats",
     "write_report": "foveate.bench.report",
@@ -41,7 +42,7 @@ _LAZY = {
 
 __all__ = [
     "BenchResult",
-    "CellResult",
+    "Cell",
     "FolderSuite",
     "Interval",
     "Item",

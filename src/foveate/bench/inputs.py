@@ -62,6 +62,7 @@ class Prompts:
         progress: called with (clips done, questions so far).
 
     Attributes:
+        suite: where the questions come from.
         prompts: the questions, those of one clip next to each other.
         damaged: what was lost of clips that decode in part, one line each.
 
@@ -83,7 +84,7 @@ class Prompts:
         self.processor, self.frames, self.cache_bytes = processor, frames, cache_bytes
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
-        self.lettered = suite.lettered
+        self.suite, self.lettered = suite, suite.lettered
         self.placeholders = list(language_adapter(model).placeholder_ids(model).values())
         self.pad = _pad_token(processor.tokenizer)
         self.prompts: list[Prompt] = []

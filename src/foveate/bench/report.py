@@ -10,12 +10,14 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from foveate._wording import plural, shorten
 from foveate.bench import report_tables as tables
 from foveate.bench import report_text as text
+from foveate.bench.plan import BASELINES
 from foveate.bench.report_curves import Style
 from foveate.bench.report_markdown import render_markdown
 from foveate.bench.report_plots import flops_chart, legend, multiples, retained_chart, styles_of
-from foveate.bench.results import BASELINES, Results, read_results
+from foveate.bench.results import BenchResult, read_result
 from foveate.bench.store import UNTOUCHED
 from foveate.core._files import write_text
 
@@ -88,7 +90,7 @@ def write_report(folder: Path) -> None:
         ['report.html', 'run.json', 'table.md']
     """
     folder = Path(folder)
-    results = read_results(folder)
+    results = read_result(folder)
     write_text(folder / "report.html", render_report(results))
     write_text(folder / "table.md", render_markdown(results))
 
@@ -99,10 +101,10 @@ def markdown_table(folder: Path) -> str:
     Raises:
         ValueError: there is no such folder, or it holds no run.
     """
-    return render_markdown(read_results(Path(folder)))
+    return render_markdown(read_result(Path(folder)))
 
 
-def render_report(results: Results) -> str:
+def render_report(results: BenchResult) -> str:
     """The document of `write_report` as text: one file, no script, light and dark."""
     styles = styles_of(results)
     title = f"{_model(results)}: accuracy against budget"
@@ -122,13 +124,13 @@ def render_report(results: Results) -> str:
 # -- head -----------------------------------------------------------------------------------------
 
 
-def _model(results: Results) -> str:
+def _model(results: BenchResult) -> str:
     """A model's name; of a folder its last part, which is what people call it by."""
     name = str(results.run.get("model") or results.run.get("model_id") or "a model")
     return Path(name).name or name
 
 
-def _facts(results: Results) -> str:
+def _facts(results: BenchResult) -> str:
     run = results.run
     given = run.get("suite_args")
     options = ""
@@ -162,15 +164,15 @@ def _plain(value: Any) -> str:
     return "/".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _asked(results: Results) -> str | None:
+def _asked(results: BenchResult) -> str | None:
     run = results.run
     if not run.get("items"):
         return None
-    about = f" about {text.plural(run['clips'], 'clip')}" if run.get("clips") else ""
-    return f"{run['items']:,}{about} in {text.plural(len(results.tasks), 'task')}"
+    about = f" about {plural(run['clips'], 'clip')}" if run.get("clips") else ""
+    return f"{run['items']:,}{about} in {plural(len(results.tasks), 'task')}"
 
 
-def _banner(results: Results) -> str:
+def _banner(results: BenchResult) -> str:
     notes = []
     if results.untouched is None:
         notes.append("The untouched model has no result yet: nothing is compared to it.")
@@ -178,16 +180,16 @@ def _banner(results: Results) -> str:
         some = ", ".join(f"{name} at {text.budget(b)}" for name, b in results.missing[:4])
         more = len(results.missing) - 4
         notes.append(
-            f"{text.plural(len(results.missing), 'cell')} without a result yet: {some}"
+            f"{plural(len(results.missing), 'cell')} without a result yet: {some}"
             f"{f' and {more} more' if more > 0 else ''}."
         )
     return f'<p class="banner">{escape(" ".join(notes))}</p>' if notes else ""
 
 
-def _cards(results: Results) -> str:
+def _cards(results: BenchResult) -> str:
     cards = []
-    if results.untouched is not None:
-        figure = results.accuracy(results.untouched)
+    if results.untouched is not None and results.untouched.accuracy:
+        figure = results.untouched.accuracy
         cards.append(_card(UNTOUCHED, figure.value, escape(text.span(figure)), "", "first"))
     for budget in results.budgets:
         standings = [row for row in results.standings(budget) if row.cell.recipe not in BASELINES]
@@ -197,7 +199,7 @@ def _cards(results: Results) -> str:
         ahead = sum(row.to_baseline is not None and not row.below for row in standings)
         compared = any(row.best_baseline for row in standings)
         note = f"{ahead} of {len(standings)} not below any baseline" if compared else ""
-        name = f"<b>{escape(text.shorten(best.cell.recipe, 44))}</b>"
+        name = f"<b>{escape(shorten(best.cell.recipe, 44))}</b>"
         cards.append(_card(f"best at {text.budget(budget)}", best.accuracy.value, name, note))
     return f'<ul class="figures">{"".join(cards)}</ul>' if cards else ""
 
@@ -213,7 +215,7 @@ def _card(name: str, value: float, what: str, note: str, style: str = "one") -> 
 # -- body -----------------------------------------------------------------------------------------
 
 
-def _body(results: Results, styles: dict[str, Style]) -> str:
+def _body(results: BenchResult, styles: dict[str, Style]) -> str:
     failed = _panel("Could not run", tables.failures(results))
     if not results.recipes:
         return _panel("Nothing to draw yet", "<p>No recipe has finished a cell.</p>") + failed
@@ -249,7 +251,7 @@ def _scroll(body: str) -> str:
 # -- style ----------------------------------------------------------------------------------------
 
 
-def _css(styles: dict[str, Style], results: Results) -> str:
+def _css(styles: dict[str, Style], results: BenchResult) -> str:
     """The style sheet with one rule per recipe and budget for what is pointed at or ticked."""
     rules = [(files("foveate.bench") / "assets" / "report.css").read_text(encoding="utf-8")]
     rules += [

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from foveate.bench.estimates import Estimate
+from foveate.bench.stats import Interval
 
 
 @dataclass(frozen=True)
@@ -66,16 +66,16 @@ class Frame:
         return self.width - self.margins[1]
 
 
-def accuracy_scale(figures: Sequence[Estimate], most: int = 8) -> Scale:
+def accuracy_scale(figures: Sequence[Interval], most: int = 8) -> Scale:
     """A round axis that holds all figures and their intervals, in at most `most` steps.
 
     Example:
-        >>> scale = accuracy_scale([Estimate(0.52, 0.47, 0.58), Estimate(0.8)])
+        >>> scale = accuracy_scale([Interval(0.52, 0.47, 0.58), Interval(0.8)])
         >>> scale.bounds, scale.step
         ((0.45, 0.8), 0.05)
     """
-    low = min((f.value if f.low is None else f.low for f in figures), default=0.0)
-    high = max((f.value if f.high is None else f.high for f in figures), default=1.0)
+    low = min((f.low if f.known else f.value for f in figures), default=0.0)
+    high = max((f.high if f.known else f.value for f in figures), default=1.0)
     for step in (0.01, 0.02, 0.05, 0.1, 0.2):
         first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
         last = max(last, first + 1)

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from foveate.bench.estimates import Estimate
+from foveate._wording import shorten
 from foveate.bench.report_axes import Frame, spread
-from foveate.bench.report_text import attribute, percent, shorten, span
+from foveate.bench.report_text import attribute, percent, span
+from foveate.bench.stats import Interval
 
 #: Recipes beyond these are drawn thinner until they are pointed at.
 LEADERS = 8
@@ -30,7 +31,7 @@ class Point:
     """One cell on a curve: where it lies, how sure it is, and what is said about it."""
 
     x: float
-    accuracy: Estimate
+    accuracy: Interval
     title: str
 
 
@@ -69,7 +70,7 @@ def curve_chart(
     frame: Frame,
     series: Sequence[Series],
     *,
-    untouched: Estimate | None,
+    untouched: Interval | None,
     title: str,
     axis: str,
     dodge: float = 0.0,
@@ -105,7 +106,7 @@ def curve_chart(
 
 
 def small_chart(
-    frame: Frame, series: Sequence[Series], untouched: Estimate | None, title: str
+    frame: Frame, series: Sequence[Series], untouched: Interval | None, title: str
 ) -> str:
     """Curves without labels or whiskers, for a row of charts with the same axes."""
     drawn = [_series(frame, entry, 0.0, None, whiskers=False) for entry in series if entry.points]
@@ -123,10 +124,10 @@ def mark(style: Style) -> str:
 
 
 def interval_bar(
-    estimate: Estimate,
+    interval: Interval,
     bounds: tuple[float, float],
     *,
-    untouched: Estimate | None,
+    untouched: Interval | None,
     best_baseline: float | None,
     style: Style | None,
 ) -> str:
@@ -139,7 +140,7 @@ def interval_bar(
 
     parts = []
     if untouched is not None:
-        if untouched.low is not None and untouched.high is not None:
+        if untouched.known:
             parts.append(
                 f'<rect class="band" x="{x(untouched.low):.1f}" y="0" '
                 f'width="{x(untouched.high) - x(untouched.low):.1f}" height="{height:.0f}"/>'
@@ -148,9 +149,9 @@ def interval_bar(
     if best_baseline is not None:
         parts.append(_line("hurdle", x(best_baseline), x(best_baseline), 0, height))
     inner = ""
-    if estimate.low is not None and estimate.high is not None:
-        inner += _line("stroke", x(estimate.low), x(estimate.high), height / 2, height / 2)
-    inner += _symbol(style.shape if style else 0, x(estimate.value), height / 2, 4.6)
+    if interval.known:
+        inner += _line("stroke", x(interval.low), x(interval.high), height / 2, height / 2)
+    inner += _symbol(style.shape if style else 0, x(interval.value), height / 2, 4.6)
     parts.append(f'<g class="{style.colour if style else "ink"}">{inner}</g>')
     return (
         f'<svg class="interval" viewBox="0 0 {width:.0f} {height:.0f}" aria-hidden="true">'
@@ -188,14 +189,14 @@ def _grid(frame: Frame, axis: str) -> str:
     return f'<g class="grid">{"".join(parts)}</g>'
 
 
-def _untouched(frame: Frame, untouched: Estimate | None, named: bool = True) -> str:
+def _untouched(frame: Frame, untouched: Interval | None, named: bool = True) -> str:
     if untouched is None:
         return ""
     y = frame.y(untouched.value)
     text = f"untouched {percent(untouched.value)} %"
     between = f" ({span(untouched)})" if span(untouched) else ""
     parts = [f"<title>{escape(text + between)}</title>"]
-    if untouched.low is not None and untouched.high is not None:
+    if untouched.known:
         top, bottom = frame.y(untouched.high), frame.y(untouched.low)
         parts.append(
             f'<rect class="band" x="{frame.left:.1f}" y="{top:.1f}" '
@@ -219,7 +220,7 @@ def _series(
         parts.append(f'<polyline class="stroke" points="{line}"/>')
     if whiskers:
         for x, _, p in places:
-            if p.accuracy.low is not None and p.accuracy.high is not None:
+            if p.accuracy.known:
                 low, high = frame.y(p.accuracy.low), frame.y(p.accuracy.high)
                 parts.append(_line("whisker", x, x, low, high))
     radius = 4.4 if whiskers else 3.2

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from foveate._wording import plural
 from foveate.bench import report_text as text
 from foveate.bench.cells import Cell
+from foveate.bench.plan import BASELINES
 from foveate.bench.report_tables import nearest, ratio
-from foveate.bench.results import BASELINES, Results, Standing
+from foveate.bench.results import BenchResult, Standing
+from foveate.bench.stats import Interval
 from foveate.bench.store import UNTOUCHED
 
 
-def render_markdown(results: Results) -> str:
+def render_markdown(results: BenchResult) -> str:
     """Accuracy at every budget, accuracy by task at one, failures, and how it was measured."""
     shown = nearest(results.budgets, 0.1)
     parts = []
@@ -22,30 +25,30 @@ def render_markdown(results: Results) -> str:
         at = ", ".join(map(text.budget, where))
         parts.append(f"`{_cell(name)}` could not run at {at}: {_cell(why)}")
     if results.missing:
-        parts.append(f"{text.plural(len(results.missing), 'cell')} without a result yet.")
+        parts.append(f"{plural(len(results.missing), 'cell')} without a result yet.")
     parts.append(_provenance(results))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _overall(results: Results, shown: float) -> str:
+def _overall(results: BenchResult, shown: float) -> str:
     at = text.budget(shown)
     heads = ["recipe", *map(text.budget, results.budgets)]
     heads += [f"FLOPs at {at}", f"first token at {at}", f"below at {at}"]
-    best = {b: results.at(b)[0].share_correct for b in results.budgets if results.at(b)}
+    best = {b: rows[0].accuracy for b in results.budgets if (rows := results.standings(b))}
     below = {row.cell.recipe: _below(row) for row in results.standings(shown)}
     rows = []
     if results.untouched is not None:
         # The same at every budget, so that each column can be read on its own.
-        figures = [_accuracy(results, results.untouched, None)] * len(results.budgets)
-        times = ratio(results, results.untouched)
+        figures = [_accuracy(results.untouched, None)] * len(results.budgets)
+        times = ratio(results.untouched)
         rows.append([UNTOUCHED, *figures, "100.0 %", times, ""])
     for name in _order(results, shown):
         cells = {cell.retain: cell for cell in results.of(name)}
-        figures = [_accuracy(results, cells.get(b), best.get(b)) for b in results.budgets]
+        figures = [_accuracy(cells.get(b), best.get(b)) for b in results.budgets]
         cell = cells.get(shown)
         share = cell.flops_fraction if cell else None
         spent = text.DASH if share is None else f"{text.percent(share)} %"
-        times = ratio(results, cell) if cell else text.DASH
+        times = ratio(cell) if cell else text.DASH
         rows.append([_name(name), *figures, spent, times, below.get(name, "")])
     return (
         "Accuracy in %, ± half the 95 % interval, by fraction of visual tokens kept; the best of "
@@ -60,14 +63,14 @@ def _below(row: Standing) -> str:
     return ", ".join(name if sure else f"({name})" for name, sure in row.below)
 
 
-def _by_task(results: Results, shown: float) -> str:
+def _by_task(results: BenchResult, shown: float) -> str:
     if not results.tasks:
         return ""
     rows = []
     if results.untouched is not None:
         rows.append([UNTOUCHED, *_tasks(results, results.untouched)])
     for name in _order(results, shown):
-        cell = next((c for c in results.of(name) if c.retain == shown), None)
+        cell = results.cell(name, shown)
         if cell is not None:
             rows.append([_name(name), *_tasks(results, cell)])
     return f"Accuracy in % by task, {text.budget(shown)} of the visual tokens kept.\n\n" + _table(
@@ -75,24 +78,24 @@ def _by_task(results: Results, shown: float) -> str:
     )
 
 
-def _order(results: Results, shown: float) -> list[str]:
+def _order(results: BenchResult, shown: float) -> list[str]:
     """Recipes by accuracy at one budget; those without a result there come last."""
     first = [cell.recipe for cell in results.at(shown)]
     return first + [name for name in results.recipes if name not in first]
 
 
-def _accuracy(results: Results, cell: Cell | None, best: float | None) -> str:
-    if cell is None:
+def _accuracy(cell: Cell | None, best: Interval | None) -> str:
+    figure = cell and cell.accuracy
+    if figure is None:
         return text.DASH
-    figure = results.accuracy(cell)
     value = text.percent(figure.value)
-    if cell.share_correct == best:
+    if best is not None and figure.value == best.value:
         value = f"**{value}**"
-    return value if figure.half is None else f"{value} ± {text.percent(figure.half)}"
+    return f"{value} ± {text.percent(figure.half)}" if figure.known else value
 
 
-def _tasks(results: Results, cell: Cell) -> list[str]:
-    return [text.percent(cell.task_accuracy(task), 0) for task in results.tasks]
+def _tasks(results: BenchResult, cell: Cell) -> list[str]:
+    return [text.percent(cell.task_share(task), 0) for task in results.tasks]
 
 
 def _name(recipe: str) -> str:
@@ -113,7 +116,7 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def _provenance(results: Results) -> str:
+def _provenance(results: BenchResult) -> str:
     run = results.run
     told = [
         f"{run['items']:,} questions" if run.get("items") else "",

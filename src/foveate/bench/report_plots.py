@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 
+from foveate._wording import plural, shorten
 from foveate.bench import report_text as text
 from foveate.bench.cells import Cell
-from foveate.bench.estimates import Estimate
+from foveate.bench.plan import BASELINES
 from foveate.bench.report_axes import Frame, Scale, accuracy_scale, share_range, share_ticks
 from foveate.bench.report_curves import (
     LEADERS,
@@ -22,13 +23,14 @@ from foveate.bench.report_curves import (
     small_chart,
 )
 from foveate.bench.report_tables import nearest
-from foveate.bench.results import BASELINES, Results
+from foveate.bench.results import BenchResult
+from foveate.bench.stats import Interval
 
 Styles = Mapping[str, Style]
 _STAGES = ("frames", "patches", "encoder", "projector", "decoder", "cache")
 
 
-def styles_of(results: Results) -> dict[str, Style]:
+def styles_of(results: BenchResult) -> dict[str, Style]:
     """The look of every recipe: colours and marks by rank, baselines in grey."""
     styles: dict[str, Style] = {}
     for number, name in enumerate(results.methods):
@@ -41,7 +43,7 @@ def styles_of(results: Results) -> dict[str, Style]:
     return styles
 
 
-def legend(results: Results, styles: Styles) -> str:
+def legend(results: BenchResult, styles: Styles) -> str:
     """Recipes with a checkbox each, grouped by the stages at which they act."""
     groups: dict[str, list[str]] = {}
     for name in results.methods:
@@ -61,7 +63,7 @@ def legend(results: Results, styles: Styles) -> str:
 
 
 def _acts_at(cells: list[Cell]) -> str:
-    seen = {s["stage"] for cell in cells for s in cell.data.get("stages") or []}
+    seen = {s["stage"] for cell in cells for s in cell.figures.get("stages") or []}
     return " + ".join(stage for stage in _STAGES if stage in seen) or "other"
 
 
@@ -70,12 +72,12 @@ def _order_of(group: str) -> list[int]:
     return [_STAGES.index(stage) if stage in _STAGES else 9 for stage in group.split(" + ")]
 
 
-def _told(cell: Cell, accuracy: Estimate, where: str) -> str:
+def _told(cell: Cell, accuracy: Interval, where: str) -> str:
     between = f" ({text.span(accuracy)})" if text.span(accuracy) else ""
     return f"{cell.recipe} at {where}: {text.percent(accuracy.value)} %{between}"
 
 
-def _series(results: Results, styles: Styles) -> list[Series]:
+def _series(results: BenchResult, styles: Styles) -> list[Series]:
     """Recipes over tokens kept, best first and baselines last."""
     return [
         Series(
@@ -84,24 +86,24 @@ def _series(results: Results, styles: Styles) -> list[Series]:
             [
                 Point(cell.retain, figure, _told(cell, figure, text.budget(cell.retain)))
                 for cell in results.of(name)
-                for figure in [results.accuracy(cell)]
+                if (figure := cell.accuracy)
             ],
         )
         for name in _drawing_order(results)
     ]
 
 
-def _drawing_order(results: Results) -> list[str]:
+def _drawing_order(results: BenchResult) -> list[str]:
     return [*results.methods, *(name for name in BASELINES if name in results.recipes)]
 
 
-def _scale(results: Results) -> Scale:
+def _scale(results: BenchResult) -> Scale:
     cells = [cell for name in results.recipes for cell in results.of(name)]
     cells += [results.untouched] if results.untouched else []
-    return accuracy_scale([results.accuracy(cell) for cell in cells])
+    return accuracy_scale([cell.accuracy for cell in cells if cell.accuracy])
 
 
-def retained_chart(results: Results, styles: Styles) -> str:
+def retained_chart(results: BenchResult, styles: Styles) -> str:
     """Accuracy against the fraction of visual tokens kept."""
     low, high = share_range(results.budgets)
     # A single budget has the whole width for its recipes.
@@ -110,21 +112,21 @@ def retained_chart(results: Results, styles: Styles) -> str:
     return curve_chart(
         frame,
         _series(results, styles),
-        untouched=results.accuracy(results.untouched) if results.untouched else None,
+        untouched=results.untouched.accuracy if results.untouched else None,
         title="Accuracy against the fraction of visual tokens kept, one line per recipe",
         axis="visual tokens kept (log scale), fewer →",
         dodge=min(most, gap * (len(results.recipes) - 1)),
     )
 
 
-def flops_chart(results: Results, styles: Styles) -> str:
+def flops_chart(results: BenchResult, styles: Styles) -> str:
     """Accuracy against FLOPs as a fraction of the untouched model's."""
     series = []
     for name in _drawing_order(results):
         points = []
         for cell in results.of(name):
-            share, figure = cell.flops_fraction, results.accuracy(cell)
-            if share:
+            share, figure = cell.flops_fraction, cell.accuracy
+            if share and figure:
                 where = f"{text.percent(share)} % of the FLOPs, {text.budget(cell.retain)} kept"
                 points.append(Point(share, figure, _told(cell, figure, where)))
         series.append(Series(name, styles[name], sorted(points, key=lambda p: -p.x)))
@@ -135,13 +137,13 @@ def flops_chart(results: Results, styles: Styles) -> str:
     return curve_chart(
         Frame(low, high, _scale(results), ticks=share_ticks(low, high)),
         series,
-        untouched=results.accuracy(results.untouched) if results.untouched else None,
+        untouched=results.untouched.accuracy if results.untouched else None,
         title="Accuracy against FLOPs as a fraction of the untouched model's, one line per recipe",
         axis="FLOPs of the whole call, untouched = 100 % (log scale), fewer →",
     )
 
 
-def multiples(results: Results, styles: Styles) -> str:
+def multiples(results: BenchResult, styles: Styles) -> str:
     """One small chart per task, all with the same axes; "" when that would repeat the whole."""
     if len(results.tasks) < 2:
         return ""
@@ -155,7 +157,7 @@ def multiples(results: Results, styles: Styles) -> str:
     figures = []
     for task, series in by_task.items():
         frame = Frame(low, high, scale, 250, 178, (8, 10, 24, 32), results.budgets)
-        told = text.plural(numbers[task], "question") if numbers.get(task) else ""
+        told = plural(numbers[task], "question") if numbers.get(task) else ""
         figures.append(
             f"<figure><figcaption><h3>{escape(task)}</h3><span>{told}</span></figcaption>"
             f"{small_chart(frame, series, untouched[task], f'Accuracy on {task} by tokens kept')}"
@@ -164,27 +166,27 @@ def multiples(results: Results, styles: Styles) -> str:
     return f'<div class="multiples">{"".join(figures)}</div>' if figures else ""
 
 
-def _task_series(results: Results, styles: Styles, task: str) -> list[Series]:
+def _task_series(results: BenchResult, styles: Styles, task: str) -> list[Series]:
     rows = []
     for name in _drawing_order(results):
         points = []
         for cell in results.of(name):
-            share = cell.task_accuracy(task)
+            share = cell.task_share(task)
             if share is not None:
                 where = f"{text.budget(cell.retain)}, {task}"
-                figure = Estimate(share)
+                figure = Interval(share)
                 points.append(Point(cell.retain, figure, _told(cell, figure, where)))
         rows.append(Series(name, styles[name], points))
     return rows
 
 
-def _untouched_on(results: Results, task: str) -> Estimate | None:
-    share = results.untouched.task_accuracy(task) if results.untouched else None
-    return None if share is None else Estimate(share)
+def _untouched_on(results: BenchResult, task: str) -> Interval | None:
+    share = results.untouched.task_share(task) if results.untouched else None
+    return None if share is None else Interval(share)
 
 
 def _task_note(
-    series: Sequence[Series], untouched: Estimate | None, budgets: Sequence[float]
+    series: Sequence[Series], untouched: Interval | None, budgets: Sequence[float]
 ) -> str:
     budget = nearest(budgets, 0.1)
     found = [(p.accuracy.value, row.name) for row in series for p in row.points if p.x == budget]
@@ -195,6 +197,6 @@ def _task_note(
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         notes.append(
             f"best at {text.budget(budget)}: {text.percent(best, 0)}, "
-            f"{escape(text.shorten(names[0], 26))}{more}"
+            f"{escape(shorten(names[0], 26))}{more}"
         )
     return " · ".join(notes)

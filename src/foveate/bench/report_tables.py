@@ -5,29 +5,31 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
+from foveate._wording import digits, shorten
 from foveate.bench import report_text as text
 from foveate.bench.cells import Cell
-from foveate.bench.estimates import Estimate
+from foveate.bench.plan import BASELINES
 from foveate.bench.report_axes import accuracy_scale
 from foveate.bench.report_curves import Style, interval_bar, mark
-from foveate.bench.results import BASELINES, Results, Standing
+from foveate.bench.results import BenchResult, Standing
+from foveate.bench.stats import Interval
 from foveate.bench.store import UNTOUCHED
 
 Styles = Mapping[str, Style]
 _LEFT = ' class="left"'
 
 
-def ranking(results: Results, styles: Styles) -> str:
+def ranking(results: BenchResult, styles: Styles) -> str:
     """Recipes at each budget with what separates them from the untouched model and baselines."""
     return _per_budget(results, "rank", lambda budget: _ranking_at(results, styles, budget))
 
 
-def costs(results: Results, styles: Styles) -> str:
+def costs(results: BenchResult, styles: Styles) -> str:
     """Tokens, FLOPs, times and memory at each budget."""
     return _per_budget(results, "cost", lambda budget: _costs_at(results, styles, budget))
 
 
-def losses(results: Results, styles: Styles) -> str:
+def losses(results: BenchResult, styles: Styles) -> str:
     """A heat table of questions lost against the untouched model; "" where it has none to lose."""
     untouched = results.untouched
     if untouched is None or not any(a.correct for a in untouched.answers.values()):
@@ -35,7 +37,7 @@ def losses(results: Results, styles: Styles) -> str:
     return _per_budget(results, "loss", lambda budget: _losses_at(results, styles, budget))
 
 
-def failures(results: Results) -> str:
+def failures(results: BenchResult) -> str:
     """Recipes that could not run, and why; "" when all could."""
     rows = "".join(
         f'<tr><th scope="row">{escape(name)}</th>'
@@ -48,7 +50,7 @@ def failures(results: Results) -> str:
     return _table(_heads("<recipe", "<budgets", "<reason"), rows)
 
 
-def left_out(results: Results, most: int = 20) -> str:
+def left_out(results: BenchResult, most: int = 20) -> str:
     """Questions that were not asked and clips that were read in part; "" without any."""
     told = [
         f"{key}: {line}" for key in ("skipped", "damaged") for line in results.run.get(key) or []
@@ -62,9 +64,9 @@ def left_out(results: Results, most: int = 20) -> str:
 # -- ranking --------------------------------------------------------------------------------------
 
 
-def _ranking_at(results: Results, styles: Styles, budget: float) -> str:
+def _ranking_at(results: BenchResult, styles: Styles, budget: float) -> str:
     standings = results.standings(budget)
-    untouched = results.accuracy(results.untouched) if results.untouched else None
+    untouched = results.untouched.accuracy if results.untouched else None
     figures = [row.accuracy for row in standings] + ([untouched] if untouched else [])
     bounds = accuracy_scale(figures).bounds
     # The ranking is in order, so the first baseline in it is the best.
@@ -72,9 +74,9 @@ def _ranking_at(results: Results, styles: Styles, budget: float) -> str:
     hurdle = rival.accuracy.value if rival else None
     best = f"{rival.cell.recipe}, the best baseline" if rival else "the best baseline"
 
-    def bar(estimate: Estimate, style: Style | None) -> str:
+    def bar(interval: Interval, style: Style | None) -> str:
         return interval_bar(
-            estimate, bounds, untouched=untouched, best_baseline=hurdle, style=style
+            interval, bounds, untouched=untouched, best_baseline=hurdle, style=style
         )
 
     rows = []
@@ -88,7 +90,7 @@ def _ranking_at(results: Results, styles: Styles, budget: float) -> str:
         rows.append(
             f'<tr class="s{styles[name].number}"><td>{place}</td>{_who(name, styles[name])}'
             f"<td>{bar(row.accuracy, styles[name])}</td>{_accuracy(row.accuracy)}"
-            f"{_difference(row.to_untouched)}{_difference(row.to_baseline)}"
+            f"{_difference(row.cell.difference)}{_difference(row.to_baseline)}"
             f'<td class="left">{_verdict(row)}</td></tr>'
         )
     scale = "".join(f"<span>{text.percent(bound, 0)} %</span>" for bound in bounds)
@@ -99,19 +101,19 @@ def _ranking_at(results: Results, styles: Styles, budget: float) -> str:
     return _table(heads, "".join(rows))
 
 
-def _accuracy(estimate: Estimate) -> str:
-    between = text.span(estimate)
+def _accuracy(interval: Interval) -> str:
+    between = text.span(interval)
     small = f' <small class="i">{between}</small>' if between else ""
-    return f"<td><b>{text.percent(estimate.value)}</b>{small}</td>"
+    return f"<td><b>{text.percent(interval.value)}</b>{small}</td>"
 
 
-def _difference(estimate: Estimate | None) -> str:
-    if estimate is None:
+def _difference(interval: Interval | None) -> str:
+    if interval is None:
         return f'<td class="unsure">{text.DASH}</td>'
-    style = "" if estimate.excludes_zero else ' class="unsure"'
-    between = text.span(estimate, sign=True)
+    style = "" if interval.excludes_zero else ' class="unsure"'
+    between = text.span(interval, sign=True)
     small = f' <small class="i">{between}</small>' if between else ""
-    return f"<td{style}>{text.percent(estimate.value, sign=True)}{small}</td>"
+    return f"<td{style}>{text.percent(interval.value, sign=True)}{small}</td>"
 
 
 def _verdict(row: Standing) -> str:
@@ -131,10 +133,10 @@ def _verdict(row: Standing) -> str:
 # -- costs ----------------------------------------------------------------------------------------
 
 
-def _costs_at(results: Results, styles: Styles, budget: float) -> str:
+def _costs_at(results: BenchResult, styles: Styles, budget: float) -> str:
     untouched = results.untouched
     cells = ([untouched] if untouched else []) + results.at(budget)
-    rows = "".join(_cost_row(results, cell, styles.get(cell.recipe)) for cell in cells)
+    rows = "".join(_cost_row(cell, styles.get(cell.recipe)) for cell in cells)
     heads = _heads(
         "<recipe",
         "<tokens by stage",
@@ -150,8 +152,8 @@ def _costs_at(results: Results, styles: Styles, budget: float) -> str:
     return _table(heads, rows)
 
 
-def _cost_row(results: Results, cell: Cell, style: Style | None) -> str:
-    data = cell.data
+def _cost_row(cell: Cell, style: Style | None) -> str:
+    data = cell.figures
     number = f' class="s{style.number}"' if style else ' class="base"'
     timing = data.get("first_token") or {}
     between = ""
@@ -168,19 +170,19 @@ def _cost_row(results: Results, cell: Cell, style: Style | None) -> str:
         f'<td class="left">{_stages(cell)}</td>'
         f"<td>{text.tokens(data.get('visual_after'))} "
         f"<small>of {text.tokens(data.get('visual_before'))}</small></td>"
-        f"<td>{text.tokens(results.visual_per_layer(cell))}</td>"
+        f"<td>{text.tokens(cell.visual_per_layer)}</td>"
         f"<td>{text.flops(flops.get('reduced'), flops.get('untouched'))}{share}</td>"
         f"<td>{text.duration(cell.first_token)}{between}</td>"
-        f"<td>{ratio(results, cell)}</td>"
-        f"<td>{text.DASH if rate is None else f'{text.digits(rate)}'}</td>"
+        f"<td>{ratio(cell)}</td>"
+        f"<td>{text.DASH if rate is None else f'{digits(rate)}'}</td>"
         f"<td>{text.memory(data.get('peak_memory'))}</td>"
         f'<td class="left">{_overhead(overhead)}</td></tr>'
     )
 
 
-def ratio(results: Results, cell: Cell) -> str:
+def ratio(cell: Cell) -> str:
     """Time to the first token as a multiple of the untouched model's."""
-    found = results.first_token_ratio(cell)
+    found = cell.first_token_ratio
     return text.DASH if found is None else f"{found:.2f}{text.TIMES}"
 
 
@@ -206,19 +208,19 @@ def _overhead(seconds: Mapping[str, float]) -> str:
 # -- losses ---------------------------------------------------------------------------------------
 
 
-def _losses_at(results: Results, styles: Styles, budget: float) -> str:
+def _losses_at(results: BenchResult, styles: Styles, budget: float) -> str:
     tasks = results.tasks
     rows = []
     for cell in results.at(budget):
         name = cell.recipe
-        shares = "".join(_loss(results, cell, task) for task in (None, *tasks))
+        shares = "".join(_loss(cell, task) for task in (None, *tasks))
         rows.append(f'<tr class="s{styles[name].number}">{_who(name, styles[name])}{shares}</tr>')
     heads = _heads("<recipe", "all", *tasks)
     return _table(heads, "".join(rows), "heat") + _hardest(results, budget)
 
 
-def _loss(results: Results, cell: Cell, task: str | None) -> str:
-    found = results.losses(cell, task)
+def _loss(cell: Cell, task: str | None) -> str:
+    found = cell.losses(task)
     if found is None or found.share is None:
         return f'<td class="h" style="--w:0%">{text.DASH}</td>'
     told = (
@@ -230,10 +232,10 @@ def _loss(results: Results, cell: Cell, task: str | None) -> str:
     return f'<td class="h" style="--w:{weight}%" title="{told}">{text.percent(found.share, 0)}</td>'
 
 
-def _hardest(results: Results, budget: float) -> str:
+def _hardest(results: BenchResult, budget: float) -> str:
     rows = "".join(
         f'<tr><th scope="row">{escape(answer.id)}</th><td class="left">{escape(answer.task)}</td>'
-        f'<td class="left">{escape(text.shorten(answer.text, 60))}</td>'
+        f'<td class="left">{escape(shorten(answer.text, 60))}</td>'
         f"<td>{lost} of {number}</td></tr>"
         for answer, lost, number in results.hardest(budget)
     )
@@ -271,7 +273,7 @@ def _table(heads: str, rows: str, style: str = "") -> str:
     )
 
 
-def _per_budget(results: Results, name: str, sheet: Callable[[float], str]) -> str:
+def _per_budget(results: BenchResult, name: str, sheet: Callable[[float], str]) -> str:
     """One sheet per budget behind radio buttons, which need no script; all of them in print."""
     budgets: Sequence[float] = results.budgets
     shown = nearest(budgets, 0.1)

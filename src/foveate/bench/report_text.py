@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from html import escape
 
-from foveate.bench.estimates import Estimate
+from foveate import _wording as wording
+from foveate._wording import digits
+from foveate.bench.stats import Interval
 
 DASH, MINUS, TIMES = "\u2013", "\u2212", "\u00d7"
 
@@ -32,11 +34,11 @@ def budget(value: float) -> str:
     return f"{100 * value:.4g} %"
 
 
-def span(estimate: Estimate, sign: bool = False) -> str:
-    """The interval of an estimate in percent, or "" where there is none."""
-    if estimate.low is None or estimate.high is None:
+def span(interval: Interval, sign: bool = False) -> str:
+    """The ends of an interval in percent, or "" where there are none."""
+    if not interval.known:
         return ""
-    return f"{percent(estimate.low, 1, sign)} to {percent(estimate.high, 1, sign)}"
+    return f"{percent(interval.low, 1, sign)} to {percent(interval.high, 1, sign)}"
 
 
 def tokens(value: float | None) -> str:
@@ -46,30 +48,14 @@ def tokens(value: float | None) -> str:
     return f"{value:,.0f}" if value >= 100 or abs(value - round(value)) < 1e-6 else f"{value:.1f}"
 
 
-def digits(value: float) -> str:
-    """Three digits: 4.2 -> "4.20", 1234.5 -> "1,234"."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}".rstrip(".")
-
-
 def flops(value: float | None, like: float | None = None) -> str:
     """FLOPs with the prefix that fits them, or that fits `like`: 4.08e13 -> "40.8 T"."""
-    if value is None:
-        return DASH
-    for size, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
-        if (like or value) >= size:
-            return f"{digits(value / size)} {prefix}"
-    return digits(value)
+    return DASH if value is None else wording.scaled(value, like).strip()
 
 
 def duration(seconds: float | None, like: float | None = None) -> str:
     """Seconds with the unit that fits them, or that fits `like`: 0.0042 -> "4.20 ms"."""
-    if seconds is None:
-        return DASH
-    scale = like or seconds
-    for size, unit in ((1.0, "s"), (1e-3, "ms")):
-        if scale >= size:
-            return f"{digits(seconds / size)} {unit}"
-    return f"{digits(1e6 * seconds)} µs"
+    return DASH if seconds is None else wording.duration(seconds, like)
 
 
 def memory(size: float | None) -> str:
@@ -77,16 +63,6 @@ def memory(size: float | None) -> str:
     if size is None:
         return DASH
     return f"{digits(size / 1e9)} GB" if size >= 1e9 else f"{digits(size / 1e6)} MB"
-
-
-def plural(number: int, word: str) -> str:
-    """A count with its noun: (1, "clip") -> "1 clip"."""
-    return f"{number:,} {word}{'' if number == 1 else 's'}"
-
-
-def shorten(text: str, most: int) -> str:
-    """At most `most` characters, the last of them a sign that there were more."""
-    return text if len(text) <= most else text[: most - 1].rstrip() + "…"
 
 
 def attribute(text: str) -> str:

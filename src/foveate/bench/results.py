@@ -1,4 +1,4 @@
-"""A run folder read back, and the figures that its report compares.
+"""A run folder read back: what the terminal, the page and the documents compare.
 
 Legend: nothing here is a tensor; an interval is 95 %, an accuracy is a fraction.
 """
@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from foveate.bench.cells import Answer, Cell
-from foveate.bench.estimates import Estimate, accuracy_of, difference_of
 from foveate.bench.plan import BASELINES
+from foveate.bench.stats import Interval
 from foveate.bench.store import UNTOUCHED, Key, cell_key, read_lines
 
 
@@ -22,54 +22,44 @@ from foveate.bench.store import UNTOUCHED, Key, cell_key, read_lines
 class Standing:
     """One row of a ranking.
 
-    Args:
+    Attributes:
         cell: recipe and budget.
         accuracy: with its interval.
-        to_untouched: paired difference to the untouched model; None before that cell is done.
-        best_baseline: the baseline with the highest accuracy at this budget.
-        to_baseline: paired difference to it; None for the baselines themselves.
+        best_baseline: the baseline with the highest accuracy at this budget; None for baselines.
+        to_baseline: paired difference to it.
         below: baselines with a higher accuracy, and whether the paired interval excludes zero.
     """
 
     cell: Cell
-    accuracy: Estimate
-    to_untouched: Estimate | None
+    accuracy: Interval
     best_baseline: str | None
-    to_baseline: Estimate | None
+    to_baseline: Interval | None
     below: tuple[tuple[str, bool], ...]
 
 
-@dataclass(frozen=True)
-class Losses:
-    """Questions of one task against the untouched model: right there and wrong here, and back."""
-
-    lost: int
-    held: int
-    gained: int
-    missed: int
-
-    @property
-    def share(self) -> float | None:
-        """Fraction of what the untouched model answers that is lost."""
-        return self.lost / self.held if self.held else None
-
-
 @dataclass
-class Results:
-    """Everything that a run folder holds."""
+class BenchResult:
+    """Everything that a run folder holds.
 
+    Attributes:
+        folder: where it is.
+        run: the content of run.json.
+        cells: in the order in which they were finished.
+    """
+
+    folder: Path
     run: dict[str, Any]
-    cells: dict[Key, Cell]
+    cells: list[Cell]
 
     @property
     def untouched(self) -> Cell | None:
         """The cell of the untouched model, once it is finished."""
-        return next((c for c in self.cells.values() if c.recipe == UNTOUCHED and not c.error), None)
+        return next((c for c in self.cells if c.recipe == UNTOUCHED and c.accuracy), None)
 
     @cached_property
     def budgets(self) -> list[float]:
         """Retain ratios at which recipes ran, smallest first."""
-        return sorted({c.retain for c in self.cells.values() if c.recipe != UNTOUCHED})
+        return sorted({c.retain for c in self.cells if c.recipe != UNTOUCHED})
 
     @cached_property
     def recipes(self) -> list[str]:
@@ -80,10 +70,10 @@ class Results:
         """
         edge: dict[str, list[float]] = {}
         for budget in self.budgets:
-            row = {c.recipe: c.share_correct or 0.0 for c in self.at(budget)}
-            mean = sum(row.values()) / max(len(row), 1)
-            for name, share in row.items():
-                edge.setdefault(name, []).append(share - mean)
+            row = self.standings(budget)
+            mean = sum(standing.accuracy.value for standing in row) / max(len(row), 1)
+            for standing in row:
+                edge.setdefault(standing.cell.recipe, []).append(standing.accuracy.value - mean)
         return sorted(edge, key=lambda name: (-sum(edge[name]) / len(edge[name]), name))
 
     @cached_property
@@ -95,119 +85,60 @@ class Results:
     def tasks(self) -> list[str]:
         """Tasks in the order of the suite."""
         names = dict.fromkeys(self.run.get("tasks") or {})
-        for cell in self.cells.values():
-            names.update(dict.fromkeys(cell.data.get("tasks") or {}))
+        for cell in self.cells:
+            names.update(dict.fromkeys(cell.figures.get("tasks") or {}))
         return list(names)
 
     @cached_property
     def failures(self) -> list[tuple[str, list[float], str]]:
         """Recipes that could not run: (recipe, budgets, reason)."""
         grouped: dict[tuple[str, str], list[float]] = {}
-        for cell in self.cells.values():
+        for cell in self.cells:
             if cell.error:
                 grouped.setdefault((cell.recipe, cell.error), []).append(cell.retain)
         return [(name, sorted(where), why) for (name, why), where in sorted(grouped.items())]
 
     @cached_property
     def missing(self) -> list[Key]:
-        """Cells without a result at a budget that another recipe has one at."""
-        names = dict.fromkeys(c.recipe for c in self.cells.values() if c.recipe != UNTOUCHED)
-        return [(n, b) for n in names for b in self.budgets if (n, b) not in self.cells]
+        """Planned cells without a result."""
+        finished = {cell.key for cell in self.cells}
+        planned = [(str(name), float(at)) for name, at in self.run.get("planned") or []]
+        return [key for key in planned if key not in finished]
 
     def at(self, budget: float) -> list[Cell]:
         """Cells with results at one budget, highest accuracy first."""
-        cells = [
-            c
-            for c in self.cells.values()
-            if c.recipe != UNTOUCHED and c.retain == budget and c.share_correct is not None
-        ]
-        return sorted(cells, key=lambda c: (-(c.share_correct or 0.0), c.recipe))
+        return [standing.cell for standing in self.standings(budget)]
 
     def of(self, recipe: str) -> list[Cell]:
         """Cells with results of one recipe, largest budget first."""
-        cells = [
-            c for c in self.cells.values() if c.recipe == recipe and c.share_correct is not None
-        ]
+        cells = [c for c in self.cells if c.recipe == recipe and c.accuracy is not None]
         return sorted(cells, key=lambda c: -c.retain)
 
-    def first_token_ratio(self, cell: Cell) -> float | None:
-        """Time to the first token as a multiple of the untouched model's.
+    def cell(self, recipe: str, retain: float) -> Cell | None:
+        """The cell of one recipe at one budget, if it is finished with a result."""
+        return next((c for c in self.of(recipe) if c.retain == retain), None)
 
-        Against the untouched model in the same minutes where the run measured that.
-        """
-        if cell.first_token_ratio is not None:
-            return cell.first_token_ratio
-        mine, base = cell.first_token, self.untouched.first_token if self.untouched else None
-        return mine / base if mine is not None and base else None
+    def ranking(self) -> list[Cell]:
+        """The untouched model, then every budget from large to small, the best recipe first."""
 
-    def visual_per_layer(self, cell: Cell) -> float | None:
-        """Visual tokens in a layer of the LLM, mean over layers and questions.
+        def place(cell: Cell) -> tuple[Any, ...]:
+            value = -1.0 if cell.accuracy is None else cell.accuracy.value
+            return (cell.recipe != UNTOUCHED, -cell.retain, -value, cell.recipe)
 
-        What enters the LLM says nothing of methods that act inside of it.
-        """
-        plain = self.untouched.data if self.untouched else {}
-        layers, whole = cell.data.get("layer_tokens"), plain.get("layer_tokens")
-        if not layers or not whole or plain.get("visual_before") is None:
-            return None
-        return sum(layers) / len(layers) - (whole[0] - plain["visual_before"])
-
-    def accuracy(self, cell: Cell) -> Estimate:
-        """Accuracy of a cell, computed once."""
-        key = (cell.recipe, cell.retain)
-        if key not in self._estimates:
-            self._estimates[key] = accuracy_of(cell.answers, cell.share_correct or 0.0)
-        return self._estimates[key]
-
-    @cached_property
-    def _estimates(self) -> dict[Key, Estimate]:
-        return {}
-
-    @cached_property
-    def _standings(self) -> dict[float, list[Standing]]:
-        return {}
+        return sorted(self.cells, key=place)
 
     def standings(self, budget: float) -> list[Standing]:
         """The ranking at one budget, highest accuracy first, computed once."""
         if budget not in self._standings:
-            cells = self.at(budget)
-            baselines = [c for c in cells if c.recipe in BASELINES]
-            self._standings[budget] = [self._standing(cell, baselines) for cell in cells]
+            ranked = [c for c in self.ranking() if c.recipe != UNTOUCHED and c.retain == budget]
+            results = [(cell, cell.accuracy) for cell in ranked if cell.accuracy is not None]
+            baselines = [(cell, value) for cell, value in results if cell.recipe in BASELINES]
+            self._standings[budget] = [_standing(*pair, baselines) for pair in results]
         return self._standings[budget]
 
-    def _standing(self, cell: Cell, baselines: Sequence[Cell]) -> Standing:
-        rivals = [] if cell.recipe in BASELINES else baselines
-        below = []
-        for rival in sorted(rivals, key=lambda c: BASELINES.index(c.recipe)):
-            gap = difference_of(cell.answers, rival.answers)
-            value = (cell.share_correct or 0.0) - (rival.share_correct or 0.0)
-            if (gap.value if gap else value) < 0:
-                below.append((rival.recipe, bool(gap and gap.excludes_zero)))
-        # `baselines` comes highest accuracy first.
-        best = rivals[0] if rivals else None
-        return Standing(
-            cell,
-            self.accuracy(cell),
-            difference_of(cell.answers, self.untouched.answers) if self.untouched else None,
-            best.recipe if best else None,
-            difference_of(cell.answers, best.answers) if best else None,
-            tuple(below),
-        )
-
-    def losses(self, cell: Cell, task: str | None = None) -> Losses | None:
-        """What a cell lost and gained against the untouched model, in one task or in all."""
-        if self.untouched is None:
-            return None
-        pairs = [
-            (before.correct, cell.answers[key].correct)
-            for key, before in self.untouched.answers.items()
-            if key in cell.answers and task in (None, before.task)
-        ]
-        if not pairs:
-            return None
-        held = sum(before for before, _ in pairs)
-        lost = sum(before and not after for before, after in pairs)
-        gained = sum(after and not before for before, after in pairs)
-        return Losses(lost, held, gained, len(pairs) - held)
+    @cached_property
+    def _standings(self) -> dict[float, list[Standing]]:
+        return {}
 
     def hardest(self, budget: float, most: int = 8) -> list[tuple[Answer, int, int]]:
         """Questions that the untouched model answers and most recipes lose: (answer, lost, of)."""
@@ -222,8 +153,41 @@ class Results:
                 rows.append((before, lost, len(seen)))
         return sorted(rows, key=lambda row: (-row[1] / row[2], row[0].id))[:most]
 
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as plain data."""
+        cells = [cell.as_dict() for cell in self.cells]
+        return {"folder": str(self.folder), "run": self.run, "cells": cells}
 
-def read_results(folder: Path) -> Results:
+    def __str__(self) -> str:
+        lines = [f"{'recipe':<28}{'retain':>7}{'accuracy':>24}{'to untouched':>28}"]
+        for cell in self.ranking():
+            gap = "" if cell.difference is None else cell.difference.in_points("+")
+            right = cell.accuracy or f"error: {cell.error}"
+            lines.append(f"{cell.recipe:<28}{cell.retain:>7g}{right!s:>24}{gap:>28}")
+        return "\n".join(lines)
+
+
+def _standing(
+    cell: Cell, accuracy: Interval, baselines: Sequence[tuple[Cell, Interval]]
+) -> Standing:
+    """A row of the ranking; `baselines` come highest accuracy first."""
+    rivals = [] if cell.recipe in BASELINES else baselines
+    below = []
+    for rival, reached in sorted(rivals, key=lambda pair: BASELINES.index(pair[0].recipe)):
+        gap = cell.against(rival) or Interval(accuracy.value - reached.value)
+        if gap.value < 0:
+            below.append((rival.recipe, gap.excludes_zero))
+    best = rivals[0][0] if rivals else None
+    return Standing(
+        cell,
+        accuracy,
+        best.recipe if best else None,
+        cell.against(best) if best else None,
+        tuple(below),
+    )
+
+
+def read_result(folder: str | Path) -> BenchResult:
     """Read run.json, cells.jsonl and answers.jsonl of a run, finished or not.
 
     Args:
@@ -231,39 +195,37 @@ def read_results(folder: Path) -> Results:
             the same cell or question the last one holds.
 
     Raises:
-        ValueError: there is no such folder, it holds no run, or a line of it is damaged.
+        ValueError: it holds no readable run.json, or another line than the last is damaged.
 
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     _ = Path(folder, "run.json").write_text('{"model": "tiny"}')
-        ...     read_results(Path(folder)).untouched is None
+        ...     read_result(folder).untouched is None
         True
     """
     folder = Path(folder)
-    if not (folder / "run.json").is_file() and not (folder / "cells.jsonl").is_file():
-        raise ValueError(
-            f"{folder} holds neither run.json nor cells.jsonl: give the folder that "
-            "`foveate bench --out FOLDER` wrote."
-        )
     try:
         run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
-        run = {}
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{folder} holds no run.json: give the folder that `foveate bench --out FOLDER` wrote."
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{folder / 'run.json'} cannot be read: {error}.") from error
     cells: dict[Key, Cell] = {}
     for row in read_lines(folder / "cells.jsonl"):
         key = cell_key(row)
-        cells[key] = Cell(*key, data=row)
+        cells[key] = Cell(*key, figures=row)
     for row in read_lines(folder / "answers.jsonl"):
         cell = cells.get(cell_key(row))
         # Answers of a cell that was cut off belong to no figure.
         if cell is not None and cell.error is None:
-            identity = str(row["id"])
-            cell.answers[identity] = Answer(
-                identity,
-                str(row.get("clip", identity)),
-                str(row.get("task", "")),
-                bool(row["correct"]),
-                str(row.get("answer", "")),
-            )
-    return Results(run if isinstance(run, dict) else {}, cells)
+            name = str(row["id"])
+            task, text = str(row.get("task", "")), str(row.get("answer", ""))
+            clip, correct = str(row.get("clip", name)), bool(row["correct"])
+            cell.answers[name] = Answer(name, clip, task, correct, text)
+    result = BenchResult(folder, run, list(cells.values()))
+    for cell in result.cells:
+        cell.plain = result.untouched if cell.recipe != UNTOUCHED else None
+    return result

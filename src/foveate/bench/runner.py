@@ -25,10 +25,10 @@ from foveate.bench.matching import is_correct
 from foveate.bench.measure import measure_times, peak_memory
 from foveate.bench.model import fingerprint
 from foveate.bench.plan import PlannedCell, plan_cells
+from foveate.bench.results import BenchResult, read_result
 from foveate.bench.store import RunFolder, cell_key
-from foveate.bench.suite import Suite
-from foveate.bench.summary import BenchResult, read_result
-from foveate.checkpoints import load_model
+from foveate.bench.suite import Suite, WorldSuite
+from foveate.checkpoints import EMBEDDED, load_model
 from foveate.core import Recipe
 from foveate.core.hardware import hardware
 
@@ -39,12 +39,12 @@ Progress = Callable[[str, int, int], None]
 
 
 def run_bench(
-    model: nn.Module | str | Path,
     recipes: str | Iterable[str | Recipe],
     retain: float | Iterable[float],
-    suite: Suite,
+    suite: Suite | None = None,
     *,
     out: str | Path,
+    model: nn.Module | str | Path = EMBEDDED,
     processor: Any = None,
     model_name: str | None = None,
     frames: int = 16,
@@ -55,6 +55,7 @@ def run_bench(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     baselines: bool = True,
+    retry_failed: bool = False,
     cache_bytes: int = CACHE_BYTES,
     progress: Progress = lambda what, done, total: None,
     on_cell: Callable[[Mapping[str, Any]], None] = lambda cell: None,
@@ -66,12 +67,12 @@ def run_bench(
     cell with an error, and the run goes on.
 
     Args:
-        model: "embedded", a folder, a hub id, or a loaded model (then with `processor`).
         recipes: as in `foveate.reduce`; a text may name several between commas; "all" is every
             registered method.
         retain: fractions of visual tokens kept, in (0, 1].
-        suite: the questions: `WorldSuite`, `FolderSuite`, or your own `Suite`.
+        suite: the questions: `WorldSuite` (the default), `FolderSuite`, or your own `Suite`.
         out: folder of the results.
+        model: "embedded", a folder, a hub id, or a loaded model (then with `processor`).
         processor: of a loaded model.
         model_name: how the results call it; None: the given name, or the class.
         frames: frames taken evenly from every clip, at most all.
@@ -81,6 +82,7 @@ def run_bench(
         seed: for methods that draw at random.
         device, dtype: of a model given by name; as in `foveate.checkpoints.load_model`.
         baselines: always add random, uniform and pool.
+        retry_failed: measure cells of an earlier call again that ended in an error.
         cache_bytes: most memory for preprocessed clips, see `Prompts`.
         progress: told what is being done.
         on_cell: called with every cell's line once it is written.
@@ -96,8 +98,7 @@ def run_bench(
     Example:
         >>> from foveate.bench import FolderSuite, run_bench
         >>> suite = FolderSuite("clips/")                                   # doctest: +SKIP
-        >>> result = run_bench("embedded", "holitom", [0.1, 0.5], suite, out="report")
-        ...                                                                 # doctest: +SKIP
+        >>> result = run_bench("holitom", [0.1, 0.5], suite, out="report")  # doctest: +SKIP
         >>> print(result)                                                   # doctest: +SKIP
     """
     for name, value in (("frames", frames), ("batch", batch), ("max_new_tokens", max_new_tokens)):
@@ -118,15 +119,16 @@ def run_bench(
     prompts = Prompts(
         loaded,
         processor,
-        suite,
+        suite or WorldSuite(frames=frames, seed=seed),
         frames,
         cache_bytes=cache_bytes,
         progress=lambda clips, items: progress(f"read the clips ({clips})", 0, 1),
     )
     settings = {"frames": frames, "seed": seed, "max_new_tokens": max_new_tokens}
-    run = {**_identity(loaded, name, suite, prompts), **settings, "batch": batch}
+    run = {**_identity(loaded, name, prompts), **settings, "batch": batch}
     with folder:
-        finished = {cell_key(cell) for cell in folder.start(run)}
+        planned = [cell.key for cell in cells]
+        finished = {cell_key(line) for line in folder.start(run, planned, retry_failed)}
         left = [cell for cell in cells if cell.key not in finished]
         runner = Runner(loaded, prompts, batch, max_new_tokens, repeats, seed, progress)
         try:
@@ -263,10 +265,11 @@ class Runner:
         return self._timed
 
 
-def _identity(model: nn.Module, name: str, suite: Suite, prompts: Prompts) -> dict[str, Any]:
+def _identity(model: nn.Module, name: str, prompts: Prompts) -> dict[str, Any]:
     """What was run, on what."""
     import transformers
 
+    suite = prompts.suite
     tasks: dict[str, int] = {}
     for prompt in prompts.prompts:
         tasks[prompt.item.task] = tasks.get(prompt.item.task, 0) + 1

@@ -20,23 +20,53 @@ _MOST_ENTRIES = 1 << 22
 
 @dataclass(frozen=True)
 class Interval:
-    """A figure and its confidence interval.
+    """A figure and its confidence interval; NaN ends where there is no interval.
 
     Example:
         >>> print(Interval(0.5, 0.25, 0.75))
         50.0 % [25.0, 75.0]
+        >>> Interval(-0.1, -0.2, -0.05).excludes_zero, Interval(0.5).known
+        (True, False)
     """
 
     value: float
-    low: float
-    high: float
+    low: float = math.nan
+    high: float = math.nan
 
     def __str__(self) -> str:
-        return f"{100 * self.value:.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}]"
+        ends = f" [{100 * self.low:.1f}, {100 * self.high:.1f}]" if self.known else ""
+        return f"{100 * self.value:.1f} %{ends}"
 
-    def as_list(self) -> list[float]:
-        """[value, low, high]."""
-        return [self.value, self.low, self.high]
+    @property
+    def known(self) -> bool:
+        """Whether there is an interval."""
+        return not math.isnan(self.low)
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether the interval lies on one side of zero."""
+        return self.low > 0 or self.high < 0
+
+    @property
+    def half(self) -> float:
+        """Half the width of the interval."""
+        return (self.high - self.low) / 2
+
+    def in_points(self, sign: str = "", places: int = 1) -> str:
+        """Without the unit, ends with so many places; `sign` "+" for differences.
+
+        Example:
+            >>> Interval(-0.031, -0.05, 0.01).in_points("+")
+            '-3.1 [-5.0, +1.0]'
+        """
+        # Adding zero turns -0.0 into 0.0.
+        value, low, high = (100 * part + 0.0 for part in (self.value, self.low, self.high))
+        ends = f" [{low:{sign}.{places}f}, {high:{sign}.{places}f}]" if self.known else ""
+        return f"{value:{sign}.1f}{ends}"
+
+    def as_list(self) -> list[float | None]:
+        """[value, low, high], ends None where there is no interval."""
+        return [self.value, *((self.low, self.high) if self.known else (None, None))]
 
 
 def wilson(correct: float, total: float, confidence: float = 0.95) -> Interval:
@@ -220,7 +250,7 @@ def _draw(clips: int, rows: int, seed: int, block: int) -> np.ndarray:
 
 
 # Every cell of a run asks for the same draws.
-_drawn = lru_cache(maxsize=8)(_draw)
+_drawn = lru_cache(maxsize=16)(_draw)
 
 
 def _checked(confidence: float) -> float:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -96,37 +96,50 @@ class RunFolder:
 
     # -- reading --------------------------------------------------------------------------------
 
-    def start(self, run: Mapping[str, Any]) -> list[dict[str, Any]]:
+    def start(
+        self, run: Mapping[str, Any], planned: Sequence[Key] = (), retry_failed: bool = False
+    ) -> list[dict[str, Any]]:
         """Begin the run, or go on with it; gives the cells that are finished.
 
         What a kill cut off is repaired: a last line that is not whole, answers without a cell.
 
         Args:
             run: the content of run.json.
+            planned: what this call is to measure; run.json keeps what all calls planned.
+            retry_failed: take the cells away that ended in an error.
 
         Raises:
             ValueError: the folder holds another run; the message says what differs.
         """
+        wanted = [list(key) for key in planned]
         if not self._is_run():
-            self._write_run(run)
+            self._write_run({"version": VERSION, **run, "planned": wanted})
             return []
-        self._compare(run)
-        cells = repair_lines(self.path / "cells.jsonl")
+        old = self._compare(run)
+        before = old.get("planned", [])
+        if added := [key for key in wanted if key not in before]:
+            # Numbers of this call (its command, its date) do not replace those of the run.
+            self._write_run({**old, "planned": before + added})
+        lines = repair_lines(self.path / "cells.jsonl")
+        cells = [line for line in lines if not (retry_failed and line.get("error"))]
+        self._keep("cells.jsonl", cells, lines)
         answers = repair_lines(self.path / "answers.jsonl")
-        finished = {cell_key(cell) for cell in cells}
+        finished = {cell_key(cell) for cell in cells if not cell.get("error")}
         kept = [row for row in answers if cell_key(row) in finished]
-        if len(kept) < len(answers):
-            write_text(self.path / "answers.jsonl", "".join(map(_line, kept)))
-        # Numbers of this call (its command, its date) do not replace those of the run.
+        self._keep("answers.jsonl", kept, answers)
         return cells
 
-    def _write_run(self, run: Mapping[str, Any]) -> None:
-        document = {"version": VERSION, **run}
+    def _keep(self, name: str, kept: list[dict[str, Any]], rows: list[dict[str, Any]]) -> None:
+        if len(kept) < len(rows):
+            write_text(self.path / name, "".join(map(_line, kept)))
+
+    def _write_run(self, document: Mapping[str, Any]) -> None:
         write_text(
             self.path / "run.json", json.dumps(document, indent=2, ensure_ascii=False) + "\n"
         )
 
-    def _compare(self, run: Mapping[str, Any]) -> None:
+    def _compare(self, run: Mapping[str, Any]) -> dict[str, Any]:
+        """What run.json holds, if it is of the same run."""
         try:
             old = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
         except ValueError as error:
@@ -144,6 +157,7 @@ class RunFolder:
                 f"{self.path} holds a different run: {'; '.join(differ)}. Give another folder, or "
                 "the same arguments to go on with that run."
             )
+        return old
 
     # -- writing --------------------------------------------------------------------------------
 

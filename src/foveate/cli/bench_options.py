@@ -69,6 +69,9 @@ def bench_command(
         Path,
         typer.Option("--out", "-o", help="Folder of the results; a stopped run goes on there."),
     ] = Path("report"),
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Measure cells again that ended in an error.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Measure accuracy against budget: recipes, baselines and the untouched model."""
@@ -89,5 +92,6 @@ def bench_command(
         device=checked_device(device),
         dtype=dtype,
         output=output,
+        retry_failed=retry_failed,
         as_json=as_json,
     ).run()

@@ -14,11 +14,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from foveate._wording import duration
+from foveate.bench.cells import Cell
 from foveate.bench.plan import parse_budgets, plan_cells
+from foveate.bench.results import BenchResult
 from foveate.bench.runner import run_bench
-from foveate.bench.stats import Interval
 from foveate.bench.suite import open_suite
-from foveate.bench.summary import BenchResult, CellResult
 from foveate.cli.output import err, out, print_json, progress
 
 _DTYPES = {
@@ -48,6 +48,7 @@ class Benching:
     device: str
     dtype: str
     output: Path
+    retry_failed: bool
     as_json: bool
 
     def run(self) -> None:
@@ -68,11 +69,11 @@ class Benching:
         )
         with self._told() as (tell, on_cell):
             result = run_bench(
-                self.model,
                 self.recipes,
                 budgets,
                 suite,
                 out=self.output,
+                model=self.model,
                 frames=self.frames,
                 batch=self.batch,
                 max_new_tokens=self.max_new_tokens,
@@ -80,6 +81,7 @@ class Benching:
                 seed=self.seed,
                 device=self.device,
                 dtype=_DTYPES[self.dtype],
+                retry_failed=self.retry_failed,
                 progress=tell,
                 on_cell=on_cell,
             )
@@ -151,26 +153,18 @@ def _table(result: BenchResult) -> Table:
         if last is not None and cell.retain != last.retain:
             table.add_row()
         last = cell
-        table.add_row(escape(cell.recipe), f"{cell.retain:g}", *_figures(cell, result))
+        table.add_row(escape(cell.recipe), f"{cell.retain:g}", *_figures(cell))
     return table
 
 
-def _figures(cell: CellResult, result: BenchResult) -> list[str]:
+def _figures(cell: Cell) -> list[str]:
     if cell.accuracy is None:
         return ["[yellow]failed[/]"]
-    flops, first = cell.figures["flops"], cell.figures["first_token"]
-    share = flops["reduced"] / flops["untouched"] if flops["untouched"] else None
-    tokens = result.visual_per_layer(cell)
+    share, tokens, first = cell.flops_fraction, cell.visual_per_layer, cell.first_token
     return [
-        _interval(cell.accuracy),
-        "" if cell.difference is None else _interval(cell.difference, "+"),
+        escape(cell.accuracy.in_points(places=0)),
+        "" if cell.difference is None else escape(cell.difference.in_points("+", places=0)),
         "" if tokens is None else f"{tokens:.0f}",
         "" if share is None else f"{share:.1%}",
-        "" if first is None else duration(first["median"]),
+        "" if first is None else duration(first),
     ]
-
-
-def _interval(figure: Interval, sign: str = "") -> str:
-    # Adding zero turns -0.0 into 0.0.
-    value, low, high = (100 * part + 0.0 for part in figure.as_list())
-    return escape(f"{value:{sign}.1f} [{low:{sign}.0f}, {high:{sign}.0f}]")
