@@ -16,13 +16,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from foveate.core import Budget, Grid, ProjectorContext, Tokens
+from foveate.core import Budget, Grid, Method, ProjectorContext, Reduction, Tokens
 from foveate.methods.divprune import DivPrune
+from foveate.methods.evs import EVS
 from foveate.methods.holitom import HoliTom
+from foveate.methods.m3 import M3
+from foveate.methods.vidcom2 import VidCom2
+from foveate.methods.visionzip import VisionZip
 
 sys.path.insert(0, str(Path(__file__).parent))
 from reference import divprune as plain_divprune
+from reference import evs as plain_evs
 from reference import holitom as plain_holitom
+from reference import m3 as plain_m3
+from reference import vidcom2 as plain_vidcom2
+from reference import visionzip as plain_visionzip
 
 FRAMES, SIDE, CHANNELS = 32, 14, 3584
 
@@ -75,3 +83,80 @@ def test_divprune(benchmark, form: str) -> None:
     order = benchmark(foveate if form == "foveate" else lambda: plain_divprune.select(x_NC, 288))
     if form == "foveate":
         assert order.tolist() == plain_divprune.select(x_NC, 288).tolist()
+
+
+def at_projector(
+    method: Method, x_TLD: torch.Tensor, budget: Budget, score_TL: torch.Tensor | None = None
+) -> Reduction:
+    """The public method on a video of square frames."""
+    T, L, _ = x_TLD.shape
+    grid = Grid.video(T, round(L**0.5), round(L**0.5))
+    signals = {} if score_TL is None else {"encoder.cls_attention": score_TL.reshape(1, -1)}
+    context = ProjectorContext(budget, grid=grid, read=signals.get)
+    reduction = method.projector(Tokens.from_grid(x_TLD.flatten(0, 1), grid), context)
+    assert reduction is not None
+    return reduction
+
+
+@pytest.mark.benchmark(group="EVS, 32 x 196 x 3584, retain 0.25")
+@pytest.mark.parametrize("form", ["foveate", "plain"])
+def test_evs(benchmark, form: str) -> None:
+    x_TLD, _ = video()
+    expected = plain_evs.select(x_TLD, 1568)
+    if form == "plain":
+        benchmark(plain_evs.select, x_TLD, 1568)
+        return
+    reduction = benchmark(at_projector, EVS(), x_TLD, Budget(retain=0.25))
+    assert reduction.anchor_BM[0].tolist() == expected.tolist()
+
+
+@pytest.mark.benchmark(group="VidCom2, 32 x 196 x 3584, retain 0.25")
+@pytest.mark.parametrize("form", ["foveate", "plain"])
+def test_vidcom2(benchmark, form: str) -> None:
+    x_TLC, _ = video()
+    expected = plain_vidcom2.select(x_TLC, 0.25)
+    if form == "plain":
+        benchmark(plain_vidcom2.select, x_TLC, 0.25)
+        return
+    method = VidCom2(rounding="frame")
+    reduction = benchmark(at_projector, method, x_TLC, Budget(retain=0.25))
+    # Sums run in another order, so a patch at the border may differ.
+    same = set(reduction.anchor_BM[0].tolist()) & set(expected.tolist())
+    assert len(same) >= 0.999 * len(expected)
+
+
+@pytest.mark.benchmark(group="M3, 32 x 196 x 3584, 49 tokens per frame")
+@pytest.mark.parametrize("form", ["foveate", "plain"])
+def test_m3(benchmark, form: str) -> None:
+    x_TLD, _ = video()
+
+    def foveate() -> torch.Tensor:
+        return at_projector(M3(), x_TLD, Budget(retain=0.25)).apply(x_TLD.flatten(0, 1)[None])[0]
+
+    def plain() -> torch.Tensor:
+        return plain_m3.pool(x_TLD, SIDE, 2)
+
+    out_MD = benchmark(foveate if form == "foveate" else plain)
+    if form == "foveate":
+        torch.testing.assert_close(out_MD, plain(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.benchmark(group="VisionZip on features")
+@pytest.mark.parametrize("shape", [(32, 196, 3584), (5, 576, 4096)], ids=str)
+@pytest.mark.parametrize("form", ["foveate", "plain"])
+def test_visionzip(benchmark, form: str, shape: tuple[int, int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x_TLD = torch.randn(shape, generator=generator)
+    score_TL = torch.rand(shape[:2], generator=generator)
+    method, kept = VisionZip(), round(shape[1] / 9)
+
+    def foveate() -> torch.Tensor:
+        reduction = at_projector(method, x_TLD, Budget(tokens=kept * shape[0]), score_TL)
+        return reduction.apply(x_TLD.flatten(0, 1)[None])[0]
+
+    def plain() -> torch.Tensor:
+        return plain_visionzip.reduce(x_TLD, score_TL, *method.split(kept))
+
+    out_MD = benchmark(foveate if form == "foveate" else plain)
+    if form == "foveate":
+        torch.testing.assert_close(out_MD, plain(), atol=1e-4, rtol=1e-4)

@@ -6,7 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from foveate.ops import adjacent_similarity, cosine_similarity_matrix, pairwise_distance
+from foveate.ops import (
+    adjacent_similarity,
+    cosine_similarity_matrix,
+    most_similar,
+    pairwise_distance,
+)
 
 
 def random(*shape, seed=0, dtype=torch.float32):
@@ -63,3 +68,17 @@ def test_wrong_input():
         adjacent_similarity(torch.zeros(2, 3))
     with pytest.raises(ValueError, match="metric"):
         pairwise_distance(torch.zeros(2, 3), torch.zeros(2, 3), "manhattan")
+
+
+def test_the_most_similar_target_wins_whatever_the_lengths():
+    x, target = random(2, 9, 6), random(2, 4, 6, seed=1)
+    target[:, 0] *= 100  # long, not similar
+    want = cosine_similarity_matrix(x, target).argmax(-1)
+    assert most_similar(x, target).equal(want)
+    assert most_similar(x * torch.linspace(0.1, 9, 9)[:, None], target).equal(want)
+    assert most_similar(x, torch.cat([target, target], 1)).equal(want)  # ties: the first
+    assert most_similar(x.bfloat16(), target.bfloat16()).dtype == torch.int64
+    with pytest.raises(ValueError, match="M >= 1"):
+        most_similar(x, target[:, :0])
+    with pytest.raises(ValueError, match="with one D"):
+        most_similar(x, target[..., :5])

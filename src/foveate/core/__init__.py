@@ -16,7 +16,13 @@ from foveate.core.context import (
 from foveate.core.grid import Grid, Modality, Plane, TokenKind
 from foveate.core.method import Count, Method, relative_layer
 from foveate.core.newlines import NewlinePolicy, with_newlines, with_special
-from foveate.core.planes import average_cells, count_by_plane, frames_of, merge_by_plane
+from foveate.core.planes import (
+    average_cells,
+    count_by_plane,
+    frames_of,
+    merge_by_plane,
+    take_planes,
+)
 from foveate.core.recipe import Recipe
 from foveate.core.reduction import Reduction
 from foveate.core.registry import METHODS, get_method, list_methods, register_method
@@ -64,6 +70,7 @@ __all__ = [
     "merge_by_plane",
     "register_method",
     "relative_layer",
+    "take_planes",
     "with_newlines",
     "with_special",
 ]

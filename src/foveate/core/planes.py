@@ -62,6 +62,24 @@ def count_by_plane(grid: Grid, kept: Sequence[int]) -> Count:
     return Count(sum(kept) + grid.num_special + sum(rows), exact=not any(rows))
 
 
+def take_planes(x_ND: torch.Tensor, source_TL: torch.Tensor) -> torch.Tensor:
+    """The rows `source_TL` of the tokens, [T, L, D]; on the CPU a view where they are one stretch.
+
+    Args:
+        x_ND: tokens of an item.
+        source_TL: int64 [T, L], ascending.
+
+    Example:
+        >>> take_planes(torch.arange(8.0)[:, None], torch.tensor([[2, 3], [4, 5]]))[..., 0].tolist()
+        [[2.0, 3.0], [4.0, 5.0]]
+    """
+    if source_TL.device.type == "cpu" and source_TL.numel():
+        first, last = int(source_TL[0, 0]), int(source_TL[-1, -1])
+        if last - first + 1 == source_TL.numel():
+            return x_ND[first : last + 1].unflatten(0, tuple(source_TL.shape))
+    return x_ND[source_TL]
+
+
 def merge_by_plane(
     grid: Grid,
     kept: Sequence[int],

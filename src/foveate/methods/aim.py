@@ -26,6 +26,7 @@ from foveate.core import (
     count_by_plane,
     merge_by_plane,
     relative_layer,
+    take_planes,
 )
 
 #: Depth of the model that the published schedule was written for.
@@ -175,7 +176,7 @@ class AIM(Method):
         return merge_by_plane(
             context.grid,
             kept,
-            lambda source_PL, keep: merge_planes(tokens.x_BND[0, source_PL], keep),
+            lambda source_PL, keep: merge_planes(take_planes(tokens.x_BND[0], source_PL), keep),
             tokens.device,
         )
 

@@ -10,6 +10,7 @@ from foveate.ops.rank import page_rank, page_rank_qk
 from foveate.ops.similarity import (
     adjacent_similarity,
     cosine_similarity_matrix,
+    most_similar,
     pairwise_distance,
 )
 
@@ -19,6 +20,7 @@ __all__ = [
     "attention_rows",
     "cosine_similarity_matrix",
     "masked_softmax",
+    "most_similar",
     "page_rank",
     "page_rank_qk",
     "pairwise_distance",

@@ -44,6 +44,37 @@ def cosine_similarity_matrix(a: Tensor, b: Tensor | None = None, eps: float = 1e
         return unit_a @ unit_b.transpose(-1, -2)
 
 
+def most_similar(x: Tensor, target: Tensor, eps: float = 1e-12) -> Tensor:
+    """Find for every row of `x` the row of `target` with the largest cosine, ties to the first.
+
+    O(N M D). Rows of `x` are not scaled to unit length, since their length does not change which
+    target wins: that saves a copy of them, which takes longer than the product.
+
+    Args:
+        x: [..., N, D].
+        target: [..., M, D] with the same leading axes, M >= 1.
+        eps: smallest norm of a target divided by.
+
+    Returns:
+        [..., N] int64; 0 for rows of zeros.
+
+    Raises:
+        ValueError: there is no target or the channel counts differ.
+
+    Example:
+        >>> most_similar(torch.tensor([[9.0, 1.0], [0.1, 0.2]]), torch.eye(2)).tolist()
+        [0, 1]
+    """
+    if x.dim() < 2 or target.dim() < 2 or x.shape[-1] != target.shape[-1] or not target.shape[-2]:
+        raise ValueError(
+            f"x and target must be [..., N, D] and [..., M, D] with one D and M >= 1, "
+            f"got {tuple(x.shape)} and {tuple(target.shape)}"
+        )
+    with full_precision(x.device):
+        similarity = widen(x) @ unit_rows(target, eps).transpose(-1, -2)
+    return similarity.argmax(-1)
+
+
 def adjacent_similarity(x_TND: Tensor, eps: float = 1e-8) -> Tensor:
     """Compute the cosine of every token with the token at the same place one frame later.
 
