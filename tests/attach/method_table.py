@@ -54,6 +54,7 @@ METHOD_TABLE: dict[str, Row] = {
         reads_text=True,
     ),
     "divprune": Row("divprune", ("projector",)),
+    "dycoke": Row("dycoke", ("projector", "cache"), on_images=False, reads_text=True),
     "evs": Row("evs", ("projector",), families=WITH_VIDEOS, on_images=False),
     "fastervlm": Row("fastervlm", ("projector",)),
     "fastv": Row("fastv", ("decoder",), reads_text=True),

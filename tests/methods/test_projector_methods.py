@@ -23,14 +23,14 @@ NAMES = [
 ]
 BUDGETS = [Budget(retain=0.1), Budget(retain=0.37), Budget(tokens=11)]
 
-VIDEOS_ONLY = {"evs", "holitom", "ts_llava", "vidcom2"}
+VIDEOS_ONLY = {"dycoke", "evs", "holitom", "ts_llava", "vidcom2"}
 
 every_method = pytest.mark.parametrize("name", NAMES)
 every_layout = pytest.mark.parametrize("grid", LAYOUTS.values(), ids=LAYOUTS)
 
 
 def acts_on(name: str, grid: Grid) -> bool:
-    if name == "evs" and len(grid.planes) == 1:
+    if name in ("dycoke", "evs") and len(grid.planes) == 1:
         return False  # the first frame stays whole
     return name not in VIDEOS_ONLY or grid.modality == "video"
 

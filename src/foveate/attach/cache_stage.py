@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from foveate.attach.cache import ReducedLayer
+from foveate.attach.evidence import places
 from foveate.attach.plan import StepPlan, placed
 from foveate.attach.sequence import Layout
 from foveate.core import CacheContext, Reduction, StageReport
@@ -68,6 +69,19 @@ def _ask(
     if visual.num == 0 or budget.is_full:
         return None
     slots_N = visual.rows_N + num_past
+    ids_S = call.sequence.ids[sample]
+    id_N = ids_S[torch.searchsorted(call.sequence.rows(sample, ids_S.device), visual.rows_N)]
+
+    def last_token_attention(earlier: int) -> torch.Tensor:
+        if earlier not in call.attentions:
+            raise ValueError(
+                f"{step.method.name} reads the attention of layer {earlier} at layer {layer}: "
+                "return it from attention_layers(), and read it before two later layers have run."
+            )
+        seen = call.attentions[earlier]
+        row_S = seen.view(sample).last_row()[0].mean(0)
+        return row_S[places(seen.ids[sample], id_N)]
+
     context = CacheContext(
         budget=budget,
         method=step.method.name,
@@ -77,6 +91,8 @@ def _ask(
         num_layers=call.num_layers,
         position_N3=visual.position_N3,
         item_N=visual.item_N,
+        id_N=id_N,
+        last_token_attention=last_token_attention,
     )
     with torch.no_grad():
         keys_BGNd, values_BGNd = (x[sample : sample + 1, :, slots_N] for x in cached.kv)

@@ -83,13 +83,13 @@ class LanguageStage(OfOneModel):
         self.decoder_steps = plan_decoder(recipe, adapter, model, self._sample_budget)
         self.cache_steps = plan_cache(recipe, len(self.layers), self._sample_budget)
         self.modules: tuple[LayerModules, ...] = ()
-        if self.decoder_steps:
+        if self.decoder_steps or self.cache_steps:
             norms, mlps = adapter.text_norms(model), adapter.text_mlps(model)
             attentions = adapter.text_attentions(model)
             self.modules = tuple(map(LayerModules, norms, attentions, mlps))
         self.attention_layers: frozenset[int] = frozenset()
         self.value_layers: frozenset[int] = frozenset()
-        for step in self.decoder_steps:
+        for step in (*self.decoder_steps, *self.cache_steps):
             read = frozenset(step.method.attention_layers(len(self.layers)))
             self.attention_layers |= read
             self.value_layers |= read if step.method.reads_values else frozenset()

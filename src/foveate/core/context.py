@@ -316,12 +316,17 @@ class CacheContext(Context):
         num_layers: decoder layers.
         position_N3: (time, row, column) of each visual token, [N, 3].
         item_N: which visual item of the sample each token belongs to, int64 [N].
+        id_N: stable numbers of the tokens, the same in every layer, int64 [N].
+        last_token_attention: `last_token_attention(layer)` gives the attention of the last token of
+            a layer declared in `attention_layers` to these tokens, float32 [N], mean over heads.
     """
 
     layer: int = 0
     num_layers: int = 1
     position_N3: torch.Tensor = field(default_factory=lambda: torch.empty(0, 3))
     item_N: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    id_N: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    last_token_attention: Callable[[int], torch.Tensor] = lambda layer: _no_attention(layer)
 
 
 def _no_attention(layer: int) -> AttentionView:

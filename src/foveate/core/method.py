@@ -186,7 +186,7 @@ class Method:
         return ()
 
     def attention_layers(self, num_layers: int) -> Sequence[int]:
-        """Layers whose queries and keys `decoder` reads."""
+        """Layers whose queries and keys `decoder` reads, or whose attention `cache` reads."""
         return ()
 
     def observe_layers(self, num_layers: int) -> Sequence[int]:

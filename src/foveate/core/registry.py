@@ -20,6 +20,7 @@ ENTRY_POINT_GROUP = "foveate.methods"
 _BUILTIN: dict[str, str] = {
     "aim": "foveate.methods.aim:AIM",
     "divprune": "foveate.methods.divprune:DivPrune",
+    "dycoke": "foveate.methods.dycoke:DyCoke",
     "evs": "foveate.methods.evs:EVS",
     "fastervlm": "foveate.methods.fastervlm:FasterVLM",
     "fastv": "foveate.methods.fastv:FastV",
