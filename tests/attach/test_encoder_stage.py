@@ -5,7 +5,7 @@ Legend: B images, N tokens of one of them (prefix included), P patches, H heads.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -14,8 +14,7 @@ from encoder_methods import METHODS, ByHand, Keep, Pairs, Reverse
 from oracle_methods import _card
 
 import foveate
-from foveate.attach.features import cls_attention, patch_received
-from foveate.core import Method
+from foveate.core import EncoderAttentionView, Method
 from foveate.errors import AttachmentError
 from foveate.models.registry import adapter_for
 from tiny import TINY_ENCODERS, tiny_encoder, tiny_inputs, tiny_model
@@ -215,9 +214,11 @@ def test_signals_of_merged_copies_are_those_of_the_copies():
     q, k = (torch.randn(2, 3, 6, 8, generator=generator) * 2 for _ in range(2))
     size_BN = torch.tensor([[1.0, 1, 3, 1, 2, 1]]).expand(2, -1)
     copies = torch.tensor([0, 1, 2, 2, 2, 3, 4, 4, 5])
-    for score in (cls_attention, patch_received):
-        merged = score(q, k, 1, size_BN)
-        whole = score(q[:, :, copies], k[:, :, copies], 1)
+    view = EncoderAttentionView(q, k, num_prefix=1, has_cls=True)
+    each = replace(view, q_IHMd=q[:, :, copies], k_IHMd=k[:, :, copies])
+    for score in (EncoderAttentionView.cls, lambda view: view.received(keys="patches")):
+        merged = score(replace(view, size_IM=size_BN))
+        whole = score(each)
         torch.testing.assert_close(merged[:, copies[1:] - 1], whole)
         torch.testing.assert_close((merged * size_BN[:, 1:]).sum(1), whole.sum(1))
 

@@ -6,6 +6,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Samples
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -17,11 +18,13 @@ from foveate.attach.language import LanguageSettings, LanguageStage
 from foveate.attach.masks import refuse_unmasked
 from foveate.attach.reporting import CostModel, describe_budget, note_encoder
 from foveate.attach.single import OfOneModel
-from foveate.core import Budget, Method, Recipe, Reduction, Report
+from foveate.attach.tower_tap import ENCODER_SIGNALS, BlockReads
+from foveate.core import SIGNALS, Budget, Method, Recipe, Reduction, Report
 from foveate.errors import AttachmentError, MissingSignalError
 from foveate.models.adapter import Adapter
 from foveate.models.encoders import EncoderAdapter
 from foveate.models.registry import adapter_for
+from foveate.models.tower import VisionTower
 
 #: Modules that carry hooks of a live attachment: attaching twice would reduce twice.
 _HOOKED: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
@@ -249,6 +252,8 @@ class Attachment(OfOneModel):
             step.method.check(unique[0].feature_block + 1, num_layers)
         self._check_order()
         signals = self._signals(adapter, all(tower.has_cls for tower in unique))
+        for tower in unique:
+            self._block_reads(tower, signals)  # refuses blocks that do not exist
         stages: list[EncoderStage] = []
         if self.recipe.at("encoder"):
             self._check_feature_layers(adapter)
@@ -257,7 +262,13 @@ class Attachment(OfOneModel):
         def running() -> EncoderStage | None:
             return next((stage for stage in stages if stage.run is not None), None)
 
-        self._watch = FeatureWatch(self.model, adapter, signals, running, lambda: self.active)
+        self._watch = FeatureWatch(
+            self.model,
+            adapter,
+            lambda tower: self._block_reads(tower, signals),
+            running,
+            lambda: self.active,
+        )
         self._watch.install(self._handles)
         for stage in stages:
             stage.install(self._handles)
@@ -314,7 +325,7 @@ class Attachment(OfOneModel):
 
     def _signals(self, adapter: Adapter, has_cls: bool) -> set[str]:
         """The encoder signals to compute: of alternatives, the first that this model has."""
-        available = {"encoder.received_attention", "text.embeddings", "text.tokens", "text.segment"}
+        available = {name for name in SIGNALS if name != "encoder.cls_attention"}
         if has_cls:
             available.add("encoder.cls_attention")
         chosen: set[str] = set()
@@ -329,6 +340,27 @@ class Attachment(OfOneModel):
                     )
                 chosen.add(found[0])
         return chosen
+
+    def _block_reads(self, tower: VisionTower, signals: set[str]) -> dict[int, BlockReads]:
+        """What projector-stage methods read of an encoder, by block.
+
+        Raises:
+            AttachmentError: a method reads a block that does not exist.
+        """
+        names = tuple(name for name in ENCODER_SIGNALS if name in signals)
+        reads = {tower.feature_block: BlockReads(names)} if names else {}
+        depth = len(tower.blocks)
+        for index in self.recipe.at("projector"):
+            method = self.recipe.steps[index].method
+            for layer in method.encoder_layers(depth, tower.feature_block):
+                if not 0 <= layer < depth:
+                    raise AttachmentError(
+                        f"{method.name} reads encoder block {layer}; this encoder has {depth}."
+                    )
+                known = reads.get(layer, BlockReads())
+                values = known.values or method.reads_values
+                reads[layer] = replace(known, keep=True, values=values)
+        return reads
 
     def _note_encoder_run(self, run: EncoderRun) -> None:
         self._encoder_reduction = run.reduction

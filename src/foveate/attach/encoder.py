@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from foveate.attach.features import TowerTap
 from foveate.attach.single import OfOneModel
+from foveate.attach.tower_tap import TowerTap
 from foveate.core import Budget, EncoderContext, Method, Reduction, Tokens
 from foveate.errors import AttachmentError
 from foveate.models.tower import VisionTower
@@ -37,7 +37,7 @@ class EncoderRun:
         lengths: tokens per image that the MLP of each block saw.
         attention_lengths: tokens per image that the attention of each block saw.
         state: scratch of each method.
-        captured: query and key projections of the running block.
+        captured: queries, keys and, where a method reads them, values of the running block.
         stash: shortened stream and its MLP output, waiting for the end of the block.
         seconds: host time spent in methods.
         restored: the sequence has been brought back to full length.
@@ -50,7 +50,7 @@ class EncoderRun:
     lengths: list[int] = field(default_factory=list)
     attention_lengths: list[int] = field(default_factory=list)
     state: dict[int, dict[str, Any]] = field(default_factory=dict)
-    captured: tuple[torch.Tensor, torch.Tensor] | None = None
+    captured: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None
     stash: list[torch.Tensor] = field(default_factory=list)
     seconds: float = 0.0
     restored: bool = False
@@ -94,6 +94,7 @@ class EncoderStage(OfOneModel):
         self.budget = budget
         self.restore = restore
         self.finished = finished
+        self.reads_values = any(method.reads_values for _, method in steps)
         self._local = threading.local()
 
     @property
@@ -101,14 +102,10 @@ class EncoderStage(OfOneModel):
         """The running call in this thread."""
         return getattr(self._local, "run", None)
 
-    def unmerge_scores(self, score_BP: torch.Tensor) -> torch.Tensor:
-        """Scores of the present patches as scores of all patches, [B, P'] -> [B, P]."""
+    def present(self) -> Reduction | None:
+        """From all tokens of an image to the present ones, prefix included; None: all of them."""
         run = self.run
-        if run is None or run.reduction is None or run.restored:
-            return score_BP
-        prefix = self.tower.num_prefix
-        padded = torch.nn.functional.pad(score_BP, (prefix, 0))
-        return run.reduction.restore(padded)[:, prefix:]
+        return None if run is None or run.restored else run.reduction
 
     # -- hooks ----------------------------------------------------------------------------------
 
@@ -127,7 +124,8 @@ class EncoderStage(OfOneModel):
                     self._before_attention(index), with_kwargs=True, prepend=True
                 )
             )
-            handles += TowerTap(tower, index, self._on_attention(index)).handles
+            observe = self._on_attention(index)
+            handles += TowerTap(tower, index, observe, self.reads_values).handles
             handles.append(
                 tower.mlp_inputs[index].register_forward_pre_hook(self._before_mlp(index))
             )
@@ -192,7 +190,9 @@ class EncoderStage(OfOneModel):
     def _on_attention(self, index: int) -> Callable:
         def observe(captured: dict[str, torch.Tensor], kwargs: dict[str, Any]) -> None:
             if self.run is not None:
-                self.run.captured = self.tower.assemble_qk(index, captured, kwargs)
+                q, k = self.tower.assemble_qk(index, captured, kwargs)
+                v = self.tower.assemble_v(index, captured) if self.reads_values else None
+                self.run.captured = q, k, v
 
         return observe
 
@@ -254,7 +254,7 @@ class EncoderStage(OfOneModel):
             if method.encoder_point != point or budget.is_full:
                 continue
             begin = time.perf_counter()
-            queries, keys = run.captured if run.captured is not None else (None, None)
+            queries, keys, values = run.captured or (None, None, None)
             context = EncoderContext(
                 budget=budget,
                 method=method.name,
@@ -264,6 +264,7 @@ class EncoderStage(OfOneModel):
                 num_prefix=self.tower.num_prefix,
                 keys_BHNd=keys,
                 queries_BHNd=queries,
+                values_BHNd=values,
             )
             tokens = Tokens(x_BND) if run.tokens is None else _with_features(run.tokens, x_BND)
             with torch.no_grad():

@@ -4,7 +4,7 @@ The feature methods of a model (`get_image_features`, `get_video_features`) are 
 cannot see them; they are wrapped on the instance, and the instance attribute is deleted again on
 removal. Everything else here is a forward hook.
 
-Legend: B images, tiles or frames of a call, H heads, N tokens of one of them, P patches.
+Legend: N tokens of an item.
 """
 
 from __future__ import annotations
@@ -15,18 +15,24 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from foveate import ops
 from foveate.attach.single import OfOneModel
-from foveate.core import Grid, Modality
+from foveate.attach.tower_tap import (
+    BlockReads,
+    ItemEncoder,
+    Shortened,
+    TowerTap,
+    attention_view,
+    item_views,
+    signal_map,
+)
+from foveate.core import EncoderAttentionView, Grid, Modality
 from foveate.models.adapter import Adapter
 from foveate.models.tower import VisionTower
-
-ENCODER_SIGNALS = ("encoder.cls_attention", "encoder.received_attention")
 
 
 @dataclass(eq=False)
@@ -43,6 +49,9 @@ class FeatureRecord:
         grid_thw: (frames, rows, columns) in patches per item of a packed encoder.
         num_prefix: prefix tokens per image.
         shrinks_itself: the encoder merges neighbours before the projector sees them.
+        tower: the encoder that ran.
+        views: block -> its attention in every call of the encoder, of the blocks that are kept.
+        items: block -> the same, one view per item, made at the first reading.
         encoder_runs: what encoder-stage methods did in this call.
     """
 
@@ -56,17 +65,20 @@ class FeatureRecord:
     shrinks_itself: bool = False
     scores: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     encoder_runs: list[Any] = field(default_factory=list)
+    tower: VisionTower | None = None
+    views: dict[int, list[EncoderAttentionView]] = field(default_factory=dict)
+    items: Callable[[int], list[EncoderAttentionView]] = lambda block: []
 
+    def item(self, index: int) -> ItemEncoder | None:
+        """What the projector stage may read of the encoder for one item."""
+        tower = self.tower
+        if tower is None:
+            return None
 
-class Shortened(Protocol):
-    """An encoder stage in the middle of a call."""
+        def view(block: int) -> EncoderAttentionView | None:
+            return self.items(block)[index] if block in self.views else None
 
-    def sizes(self) -> torch.Tensor | None:
-        """How many tokens each present one stands for, where attention weighs by it."""
-
-    def unmerge_scores(self, score_BP: torch.Tensor) -> torch.Tensor:
-        """Scores of the present patches as scores of all patches."""
-        ...
+        return ItemEncoder(len(tower.blocks), tower.feature_block, view)
 
 
 class FeatureWatch(OfOneModel):
@@ -75,7 +87,7 @@ class FeatureWatch(OfOneModel):
     Args:
         model: the model.
         adapter: its adapter.
-        signals: encoder signals that the recipe reads.
+        reads: what the recipe reads of the blocks of each encoder, by block.
         shortened: the running encoder stage, if one may have shortened the sequence.
         active: whether anything is to be reduced at the moment; if not, nothing is recorded.
     """
@@ -84,13 +96,13 @@ class FeatureWatch(OfOneModel):
         self,
         model: nn.Module,
         adapter: Adapter,
-        signals: set[str],
+        reads: Callable[[VisionTower], dict[int, BlockReads]],
         shortened: Callable[[], Shortened | None],
         active: Callable[[], bool],
     ) -> None:
         self.model = model
         self.adapter = adapter
-        self.signals = signals
+        self.reads = reads
         self.shortened = shortened
         self.active = active
         self.base = adapter.base(model)
@@ -132,13 +144,9 @@ class FeatureWatch(OfOneModel):
             if tower.packed:
                 hook = self._note_grid
                 handles.append(tower.module.register_forward_pre_hook(hook, with_kwargs=True))
-        wanted = [name for name in ENCODER_SIGNALS if name in self.signals]
-        if wanted:
-            for tower in {id(t): t for t in self.towers.values()}.values():
-                names = [n for n in wanted if n != "encoder.cls_attention" or tower.has_cls]
-                handles += TowerTap(
-                    tower, tower.feature_block, self._on_attention(tower, names)
-                ).handles
+            for block, reads in self.reads(tower).items():
+                observe = self._on_attention(tower, block, reads)
+                handles += TowerTap(tower, block, observe, reads.values).handles
 
     def uninstall(self) -> None:
         """Put the instance's attributes back as `install` found them."""
@@ -178,12 +186,26 @@ class FeatureWatch(OfOneModel):
         features = getattr(output, "pooler_output", None)
         if features is None:
             features = output[1] if isinstance(output, tuple) and len(output) > 1 else output
-        record.grids = self.adapter.grids(self.model, record.modality, arguments, features)
+        grids = self.adapter.grids(self.model, record.modality, arguments, features)
+        record.grids = grids
+        given = (self.model, record.modality)
+
+        def token_scores(score_P: torch.Tensor) -> list[torch.Tensor]:
+            return self.adapter.token_scores(*given, score_P, arguments, grids)
+
         for name, parts in record.scores.items():
-            record.signals[name] = self.adapter.token_scores(
-                self.model, record.modality, torch.cat(parts), arguments, record.grids
-            )
+            record.signals[name] = token_scores(torch.cat(parts))
         record.scores = {}
+
+        # Not through the record, which would then hold itself, and its queries, until collected.
+        views, grid_thw = record.views, record.grid_thw
+
+        @functools.cache
+        def items(block: int) -> list[EncoderAttentionView]:
+            planes = self.adapter.encoder_planes(*given, arguments, grids)
+            return item_views(views[block], planes, grid_thw, token_scores)
+
+        record.items = items
         record.pixels = functools.partial(
             self.adapter.pixels, self.model, record.modality, arguments, record.grids
         )
@@ -206,7 +228,7 @@ class FeatureWatch(OfOneModel):
             if record is not None and args:
                 shape = args[0].shape
                 record.tower_inputs.append((1, shape[0]) if tower.packed else tuple(shape[:2]))
-                record.num_prefix = tower.num_prefix
+                record.num_prefix, record.tower = tower.num_prefix, tower
 
         return hook
 
@@ -218,116 +240,19 @@ class FeatureWatch(OfOneModel):
             record.shrinks_itself = "merge_sizes" in kwargs
 
     def _on_attention(
-        self, tower: VisionTower, names: list[str]
+        self, tower: VisionTower, block: int, reads: BlockReads
     ) -> Callable[[dict[str, torch.Tensor], dict[str, Any]], None]:
         def observe(captured: dict[str, torch.Tensor], kwargs: dict[str, Any]) -> None:
             record = self.current
             if record is None:
                 return
             with torch.no_grad():
-                q, k = tower.assemble_qk(tower.feature_block, captured, kwargs)
-                segments = tower.segments(tower.feature_block, kwargs)
                 stage = self.shortened()
-                size_BN = None if stage is None else stage.sizes()
-                for name in names:
-                    if segments is not None:
-                        score = _packed_received(q, k, segments)
-                    elif name == "encoder.cls_attention":
-                        score = cls_attention(q, k, tower.num_prefix, size_BN)
-                    else:
-                        score = patch_received(q, k, tower.num_prefix, size_BN)
-                    if stage is not None:
-                        score = stage.unmerge_scores(score)
+                view = attention_view(tower, block, captured, kwargs, stage, reads.values)
+                for name in reads.signals:
+                    score = signal_map(view, name, record.grid_thw)
                     record.scores.setdefault(name, []).append(score)
+                if reads.keep:
+                    record.views.setdefault(block, []).append(view)
 
         return observe
-
-
-class TowerTap(OfOneModel):
-    """Hooks that hand the query and key projections of one block to an observer.
-
-    The observer is called right after the block's attention, before anything else in the block.
-    """
-
-    def __init__(
-        self,
-        tower: VisionTower,
-        block: int,
-        observe: Callable[[dict[str, torch.Tensor], dict[str, Any]], None],
-    ) -> None:
-        self._local = threading.local()
-        self.observe = observe
-        attention = tower.attentions[block]
-        self.handles = [
-            attention.register_forward_pre_hook(self._before, with_kwargs=True),
-            attention.register_forward_hook(self._after),
-        ]
-        for name, module in tower.qk_taps(block).items():
-            self.handles.append(module.register_forward_hook(functools.partial(self._tap, name)))
-
-    def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self._local.captured, self._local.kwargs = {}, kwargs
-
-    def _tap(self, name: str, module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-        self._local.captured[name] = output
-
-    def _after(self, module: nn.Module, args: tuple, output: Any) -> None:
-        captured, kwargs = self._local.captured, self._local.kwargs
-        self._local.captured, self._local.kwargs = {}, {}
-        self.observe(captured, kwargs)
-
-
-def cls_attention(
-    q_BHND: torch.Tensor,
-    k_BHND: torch.Tensor,
-    num_prefix: int,
-    size_BN: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Attention of the [CLS] query to every patch, mean over heads: float32 [B, P]. O(B H N d).
-
-    With sizes, attention is weighted by them as the block itself does, and the score is that of
-    one of the patches that a token stands for.
-    """
-    bias = None if size_BN is None else size_BN.float().log()[:, None, None]
-    rows_BH1N = ops.attention_rows(q_BHND[:, :, :1], k_BHND, attn_mask=bias)
-    score_BP = rows_BH1N[:, :, 0, num_prefix:].mean(dim=1)
-    return score_BP if size_BN is None else score_BP / size_BN[:, num_prefix:]
-
-
-def patch_received(
-    q_BHND: torch.Tensor,
-    k_BHND: torch.Tensor,
-    num_prefix: int,
-    size_BN: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Attention every patch receives from the patches, mean over heads: float32 [B, P].
-
-    Prefix tokens take no part, neither as queries nor as keys. Sizes as in `cls_attention`; a
-    merged query counts as often as it stands for patches. O(B H N^2 d) time, O(N) memory.
-    """
-    q_BHPD, k_BHPD = q_BHND[:, :, num_prefix:], k_BHND[:, :, num_prefix:]
-    if size_BN is None:
-        return ops.received_attention(q_BHPD, k_BHPD).float()
-    size_BP = size_BN[:, num_prefix:].float()
-    sum_BP = ops.attention_column_sums(
-        q_BHPD, k_BHPD, row_weights=size_BP, attn_mask=size_BP.log()[:, None, None]
-    )
-    return sum_BP.float() / size_BP.sum(dim=1, keepdim=True) / size_BP
-
-
-def _packed_received(
-    q_1HND: torch.Tensor, k_1HND: torch.Tensor, boundaries: torch.Tensor
-) -> torch.Tensor:
-    """Received attention inside each segment of a packed row, float32 [N]."""
-    starts = boundaries[:-1]
-    lengths = (boundaries[1:] - starts).tolist()
-    score_N = torch.zeros(q_1HND.shape[2], device=q_1HND.device)
-    for length in sorted(set(lengths)):
-        chosen = torch.tensor(
-            [i for i, n in enumerate(lengths) if n == length], device=starts.device
-        )
-        columns = torch.arange(length, device=starts.device)
-        index_Sn = (starts[chosen, None] + columns).to(q_1HND.device).long()
-        q_SHnD, k_SHnD = (x[0][:, index_Sn].transpose(0, 1) for x in (q_1HND, k_1HND))
-        score_N[index_Sn] = ops.received_attention(q_SHnD, k_SHnD).float()
-    return score_N

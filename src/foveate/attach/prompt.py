@@ -5,9 +5,10 @@ Legend: B batch, L padded length, N tokens of a visual item, D channels, P rows 
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from foveate.attach.sequence import (
 )
 from foveate.core import (
     Budget,
+    EncoderAttentionView,
     ItemReport,
     Method,
     ProjectorContext,
@@ -83,7 +85,7 @@ def _deal(
     repeats: int,
     samples: list[list[VisualItem]],
 ) -> None:
-    pixels = _shared_pixels(record)
+    pixels = _shared_pixels(record.pixels)
     start = pointer = 0
     for sample, rows in enumerate(rows_per_sample):
         if sample % repeats == 0:
@@ -107,24 +109,25 @@ def _deal(
                 item_report.pixels = lambda index=pointer: pixels()[index]
             signals = {name: parts[pointer] for name, parts in record.signals.items()}
             samples[sample].append(
-                VisualItem(sample, record.modality, grid, mine, signals, item_report)
+                VisualItem(
+                    sample,
+                    record.modality,
+                    grid,
+                    mine,
+                    signals,
+                    item_report,
+                    encoder=record.item(pointer),
+                )
             )
             offset += grid.num_tokens
             pointer += 1
 
 
-def _shared_pixels(record: FeatureRecord) -> Callable[[], list[torch.Tensor]] | None:
-    if record.pixels is None:
-        return None
-    made: list[list[torch.Tensor]] = []
-
-    def pixels() -> list[torch.Tensor]:
-        if not made:
-            assert record.pixels is not None
-            made.append(record.pixels())
-        return made[0]
-
-    return pixels
+def _shared_pixels(
+    make: Callable[[], list[torch.Tensor]] | None,
+) -> Callable[[], list[torch.Tensor]] | None:
+    # The report outlives the call, so it must not hold the record and what the encoder computed.
+    return None if make is None else functools.cache(make)
 
 
 @dataclass(eq=False)
@@ -160,7 +163,11 @@ class PromptReducer:
             if budget.is_full:
                 continue
 
-            def read(name: str, composed: Reduction | None = tokens.reduction) -> Any:
+            composed = tokens.reduction
+
+            def read(name: str, composed: Reduction | None = composed) -> Any:
+                if name == "encoder.pixels":
+                    return None if item.report.pixels is None else item.report.pixels()
                 value = item.signals.get(name)
                 if value is None:
                     return text(name)
@@ -175,6 +182,8 @@ class PromptReducer:
                 item=number,
                 grids=grids,
                 read=read,
+                encoder_layers=encoder_layers(item, method),
+                read_encoder=encoder_reader(item, method, composed, x_1ND.device),
             )
             with torch.no_grad():
                 reduction = method.projector(tokens, context)
@@ -324,6 +333,34 @@ class PromptReducer:
         if before != after or any(item.report.reduction for s in items for item in s):
             names = " + ".join(method.name for _, method in self.steps)
             self.report.stages.append(StageReport("projector", names, before, after))
+
+
+def encoder_layers(item: VisualItem, method: Method) -> tuple[int, ...]:
+    """The encoder blocks that a method reads of an item."""
+    if item.encoder is None:
+        return ()
+    return tuple(method.encoder_layers(item.encoder.num_layers, item.encoder.feature_layer))
+
+
+def encoder_reader(
+    item: VisualItem, method: Method, composed: Reduction | None, device: torch.device
+) -> Callable[[int], EncoderAttentionView | None]:
+    """Gives the views of an item's encoder blocks; their maps follow earlier reductions."""
+
+    def read(layer: int) -> EncoderAttentionView | None:
+        view = None if item.encoder is None else item.encoder.view(layer)
+        if view is None:
+            return None
+        token_map = view.token_map
+
+        def to_present(map_IN: torch.Tensor) -> torch.Tensor:
+            value_1N = map_IN.reshape(1, -1) if token_map is None else token_map(map_IN)
+            value_1N = value_1N.to(device)
+            return value_1N if composed is None else composed.gather(value_1N, float("nan"))
+
+        return replace(view, token_map=to_present, method=method.name)
+
+    return read
 
 
 def segment_rows(item: VisualItem, items: list[VisualItem], text_S: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from foveate.attach.tower_tap import ItemEncoder
 from foveate.core import Grid, ItemReport, Modality, Reduction, Tokens
 
 
@@ -29,6 +30,7 @@ class VisualItem:
         report: the entry of the call's report.
         carried: by step number and name: what a method noted of every token that entered the
             language model, [M, ...], for its decoder stage.
+        encoder: what may be read of the encoder's blocks; None: nothing.
     """
 
     sample: int
@@ -38,6 +40,7 @@ class VisualItem:
     signals: dict[str, torch.Tensor]
     report: ItemReport
     carried: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
+    encoder: ItemEncoder | None = None
 
 
 @dataclass(eq=False)

@@ -13,6 +13,7 @@ from foveate.core.context import (
     ModuleContext,
     ProjectorContext,
 )
+from foveate.core.encoder_attention import EncoderAttentionView
 from foveate.core.grid import Grid, Modality, Plane, TokenKind
 from foveate.core.method import Count, Method, relative_layer
 from foveate.core.newlines import NewlinePolicy, with_newlines, with_special
@@ -42,6 +43,7 @@ __all__ = [
     "Context",
     "Count",
     "DecoderContext",
+    "EncoderAttentionView",
     "EncoderContext",
     "Grid",
     "ItemReport",

@@ -13,6 +13,7 @@ from typing import Any, Literal, NoReturn
 import torch
 
 from foveate.core.budget import Budget
+from foveate.core.encoder_attention import EncoderAttentionView
 from foveate.core.grid import Grid, Modality
 from foveate.errors import MissingSignalError
 
@@ -27,6 +28,8 @@ SIGNALS: dict[str, str] = {
     "the features, mean over heads",
     "encoder.received_attention": "attention each patch receives in the block that made the "
     "features, mean over heads and patch queries",
+    "encoder.pixels": "the pictures of the item's planes, uint8 [planes, 3, h, w], stretched from "
+    "the item's darkest value to its brightest; the tokens of a plane divide its picture evenly",
     "text.embeddings": "embeddings of the text tokens of the sample, [1, S_text, D]",
     "text.tokens": "ids of the text tokens of the sample, int64 [1, S_text]",
     "text.segment": "embeddings of the item's own text in an interleaved prompt: the text between "
@@ -135,6 +138,7 @@ class EncoderContext(Context):
         num_prefix: [CLS] and register tokens at the front of the sequence.
         keys_BHNd: keys of this block's attention.
         queries_BHNd: queries of this block's attention.
+        values_BHNd: values of this block's attention, where the method sets `reads_values`.
     """
 
     layer: int = 0
@@ -142,6 +146,7 @@ class EncoderContext(Context):
     num_prefix: int = 0
     keys_BHNd: torch.Tensor | None = None
     queries_BHNd: torch.Tensor | None = None
+    values_BHNd: torch.Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -153,6 +158,8 @@ class ProjectorContext(Context):
         item: which of the sample's visual items this is.
         grids: layouts of all of them, in the order of the prompt; empty when unknown.
         read: gives a declared signal or None; use `signal`.
+        encoder_layers: the blocks that the method's `encoder_layers` declared, in its order.
+        read_encoder: gives the view of a declared block or None; use `encoder_attention`.
         carried: what `carry` noted.
     """
 
@@ -160,6 +167,8 @@ class ProjectorContext(Context):
     item: int = 0
     grids: tuple[Grid, ...] = ()
     read: Callable[[str], torch.Tensor | None] = lambda name: None
+    encoder_layers: tuple[int, ...] = ()
+    read_encoder: Callable[[int], EncoderAttentionView | None] = lambda layer: None
     carried: MutableMapping[str, torch.Tensor] = field(default_factory=dict)
 
     def carry(self, name: str, value_N: torch.Tensor) -> None:
@@ -190,6 +199,33 @@ class ProjectorContext(Context):
             ValueError: there is no signal of that name.
         """
         return self.read(_known(name)) is not None
+
+    def encoder_attention(self, layer: int) -> EncoderAttentionView:
+        """Queries, keys and what is made of them of a declared encoder block, for this item.
+
+        Raises:
+            MissingSignalError: there is no encoder to read.
+            ValueError: the block was not declared.
+        """
+        if self.encoder_layers and layer not in self.encoder_layers:
+            raise ValueError(
+                f"The attention of encoder block {layer} was not declared; return it from "
+                f"encoder_layers(), which gave {self.encoder_layers}."
+            )
+        view = self.read_encoder(layer)
+        if view is None:
+            raise MissingSignalError(self.method, (f"encoder.attention({layer})",))
+        return view
+
+    def encoder_attentions(self) -> tuple[EncoderAttentionView, ...]:
+        """The views of all declared blocks, in the order in which the method named them.
+
+        Raises:
+            MissingSignalError: there is no encoder to read.
+        """
+        if not self.encoder_layers:
+            raise MissingSignalError(self.method, ("encoder.attention",))
+        return tuple(map(self.encoder_attention, self.encoder_layers))
 
 
 @dataclass(eq=False)

@@ -53,7 +53,8 @@ class Method:
             another projector method that has shortened the item.
         renumbers: after every decoder reduction the remaining tokens get contiguous positions, in
             that layer and all deeper ones; otherwise they keep theirs. M-RoPE models always do.
-        reads_values: the views of `attention_layers` hold the layer's values, too.
+        reads_values: the views of `attention_layers` and `encoder_layers` hold values, too, and so
+            does the context of the encoder stage.
         encoder_point: where the encoder stage acts in a block: "after_attention" (between
             attention and MLP), "block_start" or "block_end".
 
@@ -180,6 +181,15 @@ class Method:
         raise NotImplementedError
 
     # -- declarations ---------------------------------------------------------------------------
+
+    def encoder_layers(self, num_layers: int, feature_layer: int) -> Sequence[int]:
+        """Encoder blocks whose attention `projector` reads, in an order of its own.
+
+        Args:
+            num_layers: blocks of the encoder.
+            feature_layer: index of the block whose output becomes the features.
+        """
+        return ()
 
     def decoder_layers(self, num_layers: int) -> Sequence[int]:
         """Layers before which `decoder` is asked, ascending."""

@@ -144,6 +144,19 @@ class Adapter(ABC):
             One grid per item; their `num_tokens` add up to the number of placeholders.
         """
 
+    def encoder_planes(
+        self,
+        model: nn.Module,
+        modality: Modality,
+        arguments: Mapping[str, Any],
+        grids: Sequence[Grid],
+    ) -> list[list[int]]:
+        """The plane of each item's grid that every image the encoder got belongs to.
+
+        The default is one image (tile, frame) per plane, items in order.
+        """
+        return [list(range(len(grid.planes))) for grid in grids]
+
     @abstractmethod
     def token_scores(
         self,

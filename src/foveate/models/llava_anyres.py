@@ -46,6 +46,18 @@ class LlavaNextAdapter(LlavaAdapter):
             grids.append(Grid((Plane(height, width), mosaic), "image"))
         return grids
 
+    def encoder_planes(
+        self,
+        model: nn.Module,
+        modality: Modality,
+        arguments: Mapping[str, Any],
+        grids: Sequence[Grid],
+    ) -> list[list[int]]:
+        if modality == "video":
+            return super().encoder_planes(model, modality, arguments, grids)
+        # The thumbnail, and all tiles of the mosaic.
+        return [[0] + [1] * (count - 1) for count in self._tiles_per_image(model, arguments)]
+
     def token_scores(
         self,
         model: nn.Module,

@@ -30,7 +30,8 @@ class VisionTower:
         attentions: the attention module of each block.
         mlp_inputs: the module of each block whose input is the residual stream after attention.
         mlp_outputs: the module of each block whose output is added to that stream.
-        taps: per block, the modules whose outputs `assemble_qk` needs, under "q" and "k" or "qkv".
+        taps: per block, the modules whose outputs `assemble_qk` and `assemble_v` need, under "q",
+            "k" and "v" or "qkv".
         gains: per block, the per-channel factor [C] on the output of `mlp_outputs`, or None.
         num_heads: attention heads (keys and values have as many).
         head_dim: channels of a head.
@@ -58,7 +59,11 @@ class VisionTower:
 
     def qk_taps(self, block: int) -> dict[str, nn.Module]:
         """The modules of a block whose forward outputs `assemble_qk` takes, by name."""
-        return dict(self.taps[block])
+        return {name: module for name, module in self.taps[block].items() if name != "v"}
+
+    def v_taps(self, block: int) -> dict[str, nn.Module]:
+        """The modules of a block whose forward outputs `assemble_v` takes, by name."""
+        return {name: module for name, module in self.taps[block].items() if "v" in name}
 
     def mlp_gain(self, block: int) -> Tensor | None:
         """The factor [C] the block applies to the output of `mlp_outputs[block]`, if there is one.
@@ -86,12 +91,7 @@ class VisionTower:
         Raises:
             ValueError: an output that `qk_taps` asks for is missing.
         """
-        missing = self.taps[block].keys() - captured.keys()
-        if missing:
-            raise ValueError(
-                f"assemble_qk of block {block} needs the outputs of {sorted(self.taps[block])}, "
-                f"{sorted(missing)} were not captured."
-            )
+        _require("assemble_qk", block, self.qk_taps(block), captured)
         if "qkv" in self.taps[block]:
             parts = captured["qkv"].unflatten(-1, (3, self.num_heads, self.head_dim))
             q, k, _ = parts.unbind(-3)
@@ -105,6 +105,24 @@ class VisionTower:
             for x_NHD in (q, k)
         )
         return q.transpose(0, 1)[None], k.transpose(0, 1)[None]
+
+    def assemble_v(self, block: int, captured: Mapping[str, Tensor]) -> Tensor:
+        """Values [B, H, N, D] as the attention of `block` uses them; B = 1 in packed towers.
+
+        Args:
+            block: index of the block.
+            captured: outputs of the modules that `v_taps(block)` names.
+
+        Raises:
+            ValueError: an output that `v_taps` asks for is missing.
+        """
+        _require("assemble_v", block, self.v_taps(block), captured)
+        if "qkv" in self.taps[block]:
+            parts = captured["qkv"].unflatten(-1, (3, self.num_heads, self.head_dim))
+            v = parts.unbind(-3)[2]
+        else:
+            v = self._split_heads(captured["v"])
+        return v.transpose(0, 1)[None] if self.packed else v.transpose(1, 2)
 
     def segments(self, block: int, attention_kwargs: Mapping[str, Any]) -> Tensor | None:
         """Boundaries [segments + 1] of the tokens that attend to each other in `block`.
@@ -129,7 +147,7 @@ class VisionLayout:
         attention: path of the attention below a block.
         mlp_input: path of the norm in front of the MLP below a block.
         mlp_output: path of the last module of the MLP branch below a block.
-        taps: name -> paths below a block of the modules that give queries and keys.
+        taps: name -> paths below a block of the modules that give queries, keys and values.
         gain: name of a parameter of the block that scales the MLP branch.
         prefix: tokens before the patches.
         registers: name of a config field with the number of register tokens, added to `prefix`.
@@ -155,7 +173,7 @@ def _clip_like(prefix: int, packed: bool = False) -> VisionLayout:
         attention="self_attn",
         mlp_input="layer_norm2",
         mlp_output="mlp",
-        taps={"q": ("self_attn.q_proj",), "k": ("self_attn.k_proj",)},
+        taps={name: (f"self_attn.{name}_proj",) for name in "qkv"},
         prefix=prefix,
         has_cls=prefix > 0,
         packed=packed,
@@ -172,6 +190,7 @@ def _vit_like(prefix: int, *, dino: bool = False, registers: str | None = None) 
         taps={
             "q": ("attention.q_proj", "attention.attention.query"),
             "k": ("attention.k_proj", "attention.attention.key"),
+            "v": ("attention.v_proj", "attention.attention.value"),
         },
         prefix=prefix,
         registers=registers,
@@ -194,7 +213,7 @@ _INTERNVL = VisionLayout(
     mlp_input="layernorm_after",
     mlp_output="mlp",
     # q_norm is the identity in most checkpoints, but always a module that can be hooked.
-    taps={"q": ("attention.q_norm",), "k": ("attention.k_norm",)},
+    taps={"q": ("attention.q_norm",), "k": ("attention.k_norm",), "v": ("attention.v_proj",)},
     gain="lambda_2",
     prefix=1,
     has_cls=True,
@@ -259,6 +278,17 @@ def build_tower(
         feature_block=_feature_block(feature_layer, len(blocks)),
         patch_size=pair(config.patch_size),
     )
+
+
+def _require(
+    what: str, block: int, taps: Mapping[str, nn.Module], captured: Mapping[str, Tensor]
+) -> None:
+    missing = taps.keys() - captured.keys()
+    if missing:
+        raise ValueError(
+            f"{what} of block {block} needs the outputs of {sorted(taps)}, {sorted(missing)} were "
+            "not captured."
+        )
 
 
 def pair(value: Any) -> tuple[int, int]:

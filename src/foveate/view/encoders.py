@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate.attach.encoder import EncoderRun, EncoderStage
-from foveate.attach.features import TowerTap, cls_attention, patch_received
+from foveate.attach.tower_tap import CLS, RECEIVED, TowerTap, attention_view, signal_map
 from foveate.checkpoints.sources import check_checkpoint
 from foveate.core import Budget, Method
 from foveate.errors import FoveateError, UnknownModelError
@@ -28,7 +28,6 @@ from foveate.video import FrameTransform
 
 #: DINOv2 patches are 14 pixels: 27 x 27 of them, the grid of SigLIP in LLaVA-OneVision.
 DEFAULT_SIZE = 378
-_CLS, _RECEIVED = "encoder.cls_attention", "encoder.received_attention"
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,7 +202,7 @@ class EncoderPass:
     ) -> None:
         self.encoder = encoder
         self.tower = encoder.tower
-        offered = {_RECEIVED, *([_CLS] if self.tower.has_cls else [])}
+        offered = {RECEIVED, *([CLS] if self.tower.has_cls else [])}
         self.signals = [name for name in sorted(signals) if name in offered]
         self.parts: list[Encoded] = []
         self._scores: dict[str, Tensor] = {}
@@ -262,13 +261,7 @@ class EncoderPass:
         )
 
     def _observe(self, captured: dict[str, Tensor], kwargs: dict[str, Any]) -> None:
-        block, prefix = self.tower.feature_block, self.tower.num_prefix
+        block = self.tower.feature_block
         with torch.no_grad():
-            q_BHND, k_BHND = self.tower.assemble_qk(block, captured, kwargs)
-            size_BN = None if self._stage is None else self._stage.sizes()
-            for name in self.signals:
-                read = cls_attention if name == _CLS else patch_received
-                score_TP = read(q_BHND, k_BHND, prefix, size_BN)
-                if self._stage is not None:
-                    score_TP = self._stage.unmerge_scores(score_TP)
-                self._scores[name] = score_TP
+            view = attention_view(self.tower, block, captured, kwargs, self._stage)
+            self._scores.update({name: signal_map(view, name) for name in self.signals})
