@@ -41,6 +41,23 @@ def test_concepts_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert module.merge.matrix().tolist() == [[[0.5, 0.5, 0, 0], [0, 0, 1, 0]]]
 
 
+def test_training_a_size_of_your_own_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    module = run("docs/training.md", monkeypatch)
+    assert module.card["size"]["name"] == "mine" and (tmp_path / "mine/card.json").exists()
+    assert module.model.config.text_config.hidden_size == 48
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/start.md", "docs/training.md"])
+def test_the_first_clip_of_the_world_can_be_asked_that(document: str) -> None:
+    from foveate.world import World
+
+    text = (ROOT / document).read_text(encoding="utf-8")
+    asked = re.findall(r'clips/clip-00000\.mp4 "([^"]+)"', text)
+    known = [question.text for question in World().sample(0).questions]
+    assert asked and set(asked) <= set(known)
+
+
 def test_the_adapter_in_ten_lines_serves_its_family(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

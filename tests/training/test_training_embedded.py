@@ -223,7 +223,7 @@ def test_the_card_says_what_was_done(learned: tuple[Path, list[tuple], dict[str,
     folder, _, card = learned
     assert card == json.loads((folder / "card.json").read_text())
     assert card["foveate"] == foveate.__version__ and card["torch"] == torch.__version__
-    assert card["seed"] == 0 and card["hardware"].startswith("1 threads of ")
+    assert card["seed"] == 0 and card["hardware"].startswith("1 thread of ")
     size = json.loads((folder / "training.json").read_text())["size"]
     assert card["size"] == size == LEARNED.as_dict()
     assert card["visual_tokens"] == 4 * 4 + 1
