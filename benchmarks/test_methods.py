@@ -16,19 +16,34 @@ from pathlib import Path
 import pytest
 import torch
 
-from foveate.core import Budget, Grid, Method, ProjectorContext, Reduction, Tokens
+from foveate.core import (
+    AttentionView,
+    Budget,
+    DecoderContext,
+    Grid,
+    Method,
+    ProjectorContext,
+    Reduction,
+    Tokens,
+)
 from foveate.methods.divprune import DivPrune
+from foveate.methods.dycoke import DyCoke
 from foveate.methods.evs import EVS
 from foveate.methods.holitom import HoliTom
+from foveate.methods.lvlm_csp import LVLMCSP
 from foveate.methods.m3 import M3
+from foveate.methods.ts_llava import TSLLaVA
 from foveate.methods.vidcom2 import VidCom2
 from foveate.methods.visionzip import VisionZip
 
 sys.path.insert(0, str(Path(__file__).parent))
 from reference import divprune as plain_divprune
+from reference import dycoke as plain_dycoke
 from reference import evs as plain_evs
 from reference import holitom as plain_holitom
+from reference import lvlm_csp as plain_lvlm_csp
 from reference import m3 as plain_m3
+from reference import ts_llava as plain_ts_llava
 from reference import vidcom2 as plain_vidcom2
 from reference import visionzip as plain_visionzip
 
@@ -160,3 +175,66 @@ def test_visionzip(benchmark, form: str, shape: tuple[int, int, int]) -> None:
     out_MD = benchmark(foveate if form == "foveate" else plain)
     if form == "foveate":
         torch.testing.assert_close(out_MD, plain(), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.benchmark(group="DyCoke, 32 x 196 x 3584, K 0.7")
+@pytest.mark.parametrize("form", ["foveate", "plain"])
+def test_dycoke(benchmark, form: str) -> None:
+    x_TND, _ = video()
+    expected = plain_dycoke.select(x_TND, 0.3)
+    if form == "plain":
+        benchmark(plain_dycoke.select, x_TND, 0.3)
+        return
+    reduction = benchmark(at_projector, DyCoke(keep=0.3), x_TND, Budget(retain=0.475))
+    # Sums run in another order, so a patch at the border may differ.
+    same = set(reduction.anchor_BM[0].tolist()) & set(expected.tolist())
+    assert len(same) >= 0.999 * len(expected)
+
+
+@pytest.mark.benchmark(group="TS-LLaVA, 32 x 196 x 3584, retain 0.1")
+@pytest.mark.parametrize("form", ["foveate", "plain"])
+def test_ts_llava(benchmark, form: str) -> None:
+    x_TND, _ = video()
+    x_PD, sampled = x_TND.flatten(0, 1), 627
+
+    def foveate() -> torch.Tensor:
+        return at_projector(TSLLaVA(), x_TND, Budget(tokens=sampled)).apply(x_PD[None])[0]
+
+    def plain() -> torch.Tensor:
+        return plain_ts_llava.sample(x_PD, sampled)
+
+    out_SD = benchmark(foveate if form == "foveate" else plain)
+    if form == "foveate":
+        assert torch.equal(out_SD, plain())
+
+
+@pytest.mark.benchmark(group="LVLM_CSP, both decoder stages, 2880 x 4096, 32 heads")
+@pytest.mark.parametrize("form", ["foveate", "plain"])
+def test_lvlm_csp(benchmark, form: str) -> None:
+    num, text, generator = 2880, 60, torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, 32, num + text, 128, generator=generator) for _ in range(2))
+    view = AttentionView(q, k, 128**-0.5, torch.arange(num) + 20)
+    tokens, method = Tokens(torch.zeros(1, num, 4096)), LVLMCSP()
+
+    def context(layer: int) -> DecoderContext:
+        return DecoderContext(
+            Budget(retain=11 / 32),
+            layer=layer,
+            num_layers=32,
+            visual_N=view.visual_N,
+            attention=lambda earlier: view,
+            survivors=lambda earlier: torch.arange(num + text),
+        )
+
+    def foveate() -> torch.Tensor:
+        method.decoder(tokens, context(0))
+        reduction = method.decoder(tokens, context(16))
+        assert reduction is not None
+        return reduction.anchor_BM[0]
+
+    def plain() -> torch.Tensor:
+        return plain_lvlm_csp.prune(q, k, 20, num, num // 4)
+
+    kept_K = benchmark(foveate if form == "foveate" else plain)
+    if form == "foveate":
+        assert len(set(kept_K.tolist()) & set(plain().tolist())) >= 0.999 * (num // 4)
