@@ -85,5 +85,8 @@ METHOD_TABLE: dict[str, Row] = {
     "ts_llava": Row("ts_llava", ("projector",), families=WITH_VIDEOS, on_images=False),
     "uniform": Row("uniform", ("projector",), exact=False),
     "vidcom2": Row("vidcom2", ("projector",), families=WITH_VIDEOS, on_images=False),
+    "video_xl2": Row(
+        "video_xl2(block_units=1, previous_blocks=1, chunk_units=1)", ("cache",), reads_text=True
+    ),
     "visionzip": Row("visionzip", ("projector",), exact=False, merges=True),
 }

@@ -13,7 +13,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -50,6 +50,10 @@ class LayerModules:
     mlp: nn.Module
 
 
+if TYPE_CHECKING:
+    from foveate.attach.blockwise import BlockwisePrefill
+
+
 @dataclass(eq=False)
 class DecoderCall:
     """One managed forward call of the language model.
@@ -72,6 +76,7 @@ class DecoderCall:
             observed, and what it noted of each.
         deepstack: per level, per sample features [N, D] that are added behind that layer.
         mask_only: keep all columns and only mask dropped keys.
+        blockwise: the attention of a prompt that is read in blocks, or None.
     """
 
     sequence: Sequence
@@ -88,6 +93,7 @@ class DecoderCall:
     attention_layers: frozenset[int] = frozenset()
     deepstack: list[list[torch.Tensor]] = field(default_factory=list)
     mask_only: bool = False
+    blockwise: BlockwisePrefill | None = None
     position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None
     position_PBL: torch.Tensor | None = None
     rotary: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
@@ -153,6 +159,8 @@ class DecoderCall:
 
     def mask_of_layer(self, layer: int, num_new: int) -> torch.Tensor | None:
         """The attention mask of `num_new` columns on what this layer has cached."""
+        if self.blockwise is not None:
+            return self.blockwise.placeholder
         past = self.layer_cache(layer)
         return self.masks.make(
             0 if past is None else past.length,

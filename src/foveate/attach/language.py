@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from foveate.attach.blockwise import attention_hooks, begin_blockwise, plan_blockwise
 from foveate.attach.cache import adopt, is_managed, move_positions, refuse_unsupported
 from foveate.attach.decoder import DecoderCall, LayerModules
 from foveate.attach.evidence import item_spans, observe
@@ -82,6 +83,9 @@ class LanguageStage(OfOneModel):
         recipe = settings.recipe
         self.decoder_steps = plan_decoder(recipe, adapter, model, self._sample_budget)
         self.cache_steps = plan_cache(recipe, len(self.layers), self._sample_budget)
+        self.blockwise = plan_blockwise(recipe, adapter, self.cache_steps)
+        if self.blockwise is not None:
+            self.cache_steps = []
         self.modules: tuple[LayerModules, ...] = ()
         if self.decoder_steps or self.cache_steps:
             norms, mlps = adapter.text_norms(model), adapter.text_mlps(model)
@@ -111,6 +115,11 @@ class LanguageStage(OfOneModel):
         for index, layer in enumerate(self.layers):
             register(layer.register_forward_pre_hook(self._enter_layer(index), with_kwargs=True))
             register(layer.register_forward_hook(self._leave_layer(index), prepend=True))
+        if self.blockwise is not None:
+            for index, attention in enumerate(self.adapter.text_attentions(self.model)):
+                enter, leave = attention_hooks(index, lambda: self.state.call)
+                register(attention.register_forward_pre_hook(enter, with_kwargs=True))
+                register(attention.register_forward_hook(leave))
         for index in sorted(self.attention_layers):
             attention = self.modules[index].attention
             for name in ("q", "k", "v") if index in self.value_layers else ("q", "k"):
@@ -234,6 +243,8 @@ class LanguageStage(OfOneModel):
         call.decoder_steps, call.cache_steps = self.decoder_steps, self.cache_steps
         call.attention_layers = self.attention_layers
         call.spans = item_spans(sequence) if self.decoder_steps else []
+        if self.blockwise is not None:
+            call.blockwise = begin_blockwise(call, self.blockwise, embeds, config)
         return self._model_inputs(kwargs, call, embeds, positions)
 
     def _find_items(self, batch: int, report: Report) -> list[list[VisualItem]]:

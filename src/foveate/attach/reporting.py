@@ -90,9 +90,10 @@ class CostModel:
         layers = self.text.num_layers
         before = _samples_before(report)
         untouched = sum(prefill_flops(self.text, length) for length in before)
+        blocks = report.attention_pairs or [None] * len(report.layer_lengths)
         reduced = sum(
-            prefill_flops(self.text, lengths)
-            for lengths in report.layer_lengths
+            prefill_flops(self.text, lengths, attention_pairs=pairs)
+            for lengths, pairs in zip(report.layer_lengths, blocks, strict=True)
             if len(lengths) == layers
         )
         report.flops = {

@@ -94,6 +94,7 @@ def prefill_flops(
     lengths: PerLayer,
     kv_lengths: PerLayer | None = None,
     logits_for: int = 1,
+    attention_pairs: Sequence[int] | None = None,
 ) -> int:
     """FLOPs of one sequence's prefill when every layer may see another number of tokens.
 
@@ -103,6 +104,8 @@ def prefill_flops(
         kv_lengths: key tokens of every layer (cached ones included); None means no past, so the
             keys are the queries.
         logits_for: tokens that go through the output head; `generate()` needs 1.
+        attention_pairs: products of a query and a key in every layer, where not every query meets
+            every key (prompts read in blocks); replaces queries x keys.
 
     Returns:
         FLOPs, an exact integer.
@@ -120,6 +123,8 @@ def prefill_flops(
     if kv_lengths is not None:
         keys = _per_layer("kv_lengths", kv_lengths, dims.num_layers)
     pairs = sum(query * key for query, key in zip(queries, keys, strict=True))
+    if attention_pairs is not None:
+        pairs = sum(_per_layer("attention_pairs", attention_pairs, dims.num_layers))
     linear = (dims.attention_linear + dims.mlp) * sum(queries)
     return linear + dims.attention_pair * pairs + dims.head * _count("logits_for", logits_for)
 

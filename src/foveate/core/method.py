@@ -29,6 +29,8 @@ from foveate.core.tokens import Tokens
 if TYPE_CHECKING:
     from typing import Self
 
+    from foveate.core.blocks import Blocks, PrefillContext
+
 
 @dataclass(frozen=True)
 class Count:
@@ -167,6 +169,15 @@ class Method:
         self, keys_BGNd: torch.Tensor, values_BGNd: torch.Tensor, context: CacheContext
     ) -> Reduction | None:
         """Choose which of one sample's visual keys and values [1, G, N, d] a layer keeps."""
+        raise NotImplementedError
+
+    def prefill(self, context: PrefillContext) -> Blocks | None:
+        """Say which visual tokens of a sample see one another while the prompt is read.
+
+        A method that overrides it acts before the question is read: its `cache` gets keys before
+        rotary positions, must keep as many in every layer, and the text behind the last visual
+        token attends to what is left. None leaves the sample alone.
+        """
         raise NotImplementedError
 
     def observe(

@@ -36,6 +36,7 @@ _BUILTIN: dict[str, str] = {
     "ts_llava": "foveate.methods.ts_llava:TSLLaVA",
     "uniform": "foveate.methods.uniform:Uniform",
     "vidcom2": "foveate.methods.vidcom2:VidCom2",
+    "video_xl2": "foveate.methods.video_xl2:VideoXL2",
     "visionzip": "foveate.methods.visionzip:VisionZip",
 }
 _methods: dict[str, str | type[Method]] = dict(_BUILTIN)

@@ -86,6 +86,8 @@ class Report:
         prompt_lengths: tokens of each sample that entered the language model, text included.
         layer_lengths: tokens per decoder layer during prefill, per sample: [sample][layer].
         cache_lengths: keys per decoder layer after prefill, per sample: [sample][layer].
+        attention_pairs: products of a query and a key per decoder layer, per sample, where a
+            prompt was read in blocks; empty: the squares of `layer_lengths`.
         flops: {"untouched": {...}, "reduced": {...}} by part; see docs/flops.md for the rule.
         seconds: wall time spent in methods by stage (host time; on CUDA without synchronisation).
         notes: remarks for people.
@@ -99,6 +101,7 @@ class Report:
     prompt_lengths: list[int] = field(default_factory=list)
     layer_lengths: list[list[int]] = field(default_factory=list)
     cache_lengths: list[list[int]] = field(default_factory=list)
+    attention_pairs: list[list[int]] = field(default_factory=list)
     flops: dict[str, Mapping[str, float]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
