@@ -163,7 +163,7 @@ def test_visionzip(benchmark, form: str, shape: tuple[int, int, int]) -> None:
     generator = torch.Generator().manual_seed(0)
     x_TLD = torch.randn(shape, generator=generator)
     score_TL = torch.rand(shape[:2], generator=generator)
-    method, kept = VisionZip(), round(shape[1] / 9)
+    method, kept = VisionZip(similarity="features"), round(shape[1] / 9)
 
     def foveate() -> torch.Tensor:
         reduction = at_projector(method, x_TLD, Budget(tokens=kept * shape[0]), score_TL)

@@ -8,6 +8,7 @@ from foveate.core import (
     AttentionView,
     Budget,
     DecoderContext,
+    EncoderAttentionView,
     Grid,
     Method,
     Plane,
@@ -40,6 +41,19 @@ def item(grid: Grid, seed: int = 0, channels: int = 16) -> Tokens:
     return Tokens.from_grid(x_ND, grid)
 
 
+def encoder_view(grid: Grid, seed: int = 0) -> EncoderAttentionView:
+    """A block in which all patches of an item are one image, with random queries and keys."""
+    generator = torch.Generator().manual_seed(seed + 2)
+    q, k, v = torch.randn(3, 1, 2, grid.num_patches, 6, generator=generator)
+
+    def to_tokens(map_IN: torch.Tensor) -> torch.Tensor:
+        map_1N = map_IN.new_full((1, grid.num_tokens), torch.nan)
+        map_1N[:, grid.patch_index()] = map_IN
+        return map_1N
+
+    return EncoderAttentionView(q, k, v, token_map=to_tokens)
+
+
 def context_for(
     grid: Grid, budget: Budget, scores_N: torch.Tensor | None = None, seed: int = 0
 ) -> ProjectorContext:
@@ -52,7 +66,15 @@ def context_for(
         "encoder.cls_attention": scores_N[None],
         "encoder.received_attention": scores_N[None],
     }
-    return ProjectorContext(budget, seed=seed, grid=grid, read=signals.get)
+    view = encoder_view(grid, seed)
+    return ProjectorContext(
+        budget,
+        seed=seed,
+        grid=grid,
+        read=signals.get,
+        encoder_layers=(0,),
+        read_encoder=lambda layer: view,
+    )
 
 
 def reduce_item(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from foveate.core import Budget, Count, Grid, Plane, TokenKind
-from foveate.methods.visionzip import VisionZip, zip_planes
+from foveate.core import Budget, Count, Grid, Plane, Reduction, TokenKind
+from foveate.errors import MissingSignalError
+from foveate.methods.visionzip import VisionZip, mean_keys, zip_planes
 
-from .helpers import LAYOUTS, item, reduce_item
+from .helpers import LAYOUTS, context_for, encoder_view, item, reduce_item
 
 
 def draw(planes: int = 2, patches: int = 60, channels: int = 8):
@@ -121,8 +124,51 @@ def test_scores_only_rank() -> None:
     assert both[0].equal(both[1])
 
 
+def test_keys_tell_what_is_alike() -> None:
+    """Patches that share a key meet in one contextual token, whatever their features."""
+    grid = Grid.image(4, 6, newlines_at_end=1)
+    patches, kind_L = grid.patch_index(), torch.arange(24) // 6
+    keys_IHMd = torch.zeros(1, 3, 25, 4)  # a [CLS] in front
+    keys_IHMd[0, :, 1:] = torch.eye(4)[kind_L]
+    view = replace(
+        encoder_view(grid), q_IHMd=keys_IHMd, k_IHMd=keys_IHMd, num_prefix=1, has_cls=True
+    )
+    context = context_for(grid, Budget(tokens=8), torch.zeros(25))
+    context.read_encoder = lambda layer: view
+    reduction = VisionZip(contextual=0.5).projector(item(grid), context)
+    assert reduction is not None
+    group_L = reduction.groups_BN[0][patches]
+    # The first four are dominant; of 20 others every fifth is contextual, one or two of each kind.
+    assert group_L[:4].tolist() == [0, 1, 2, 3]
+    target_of_kind = [group_L[4:][kind_L[4:] == kind].unique().tolist() for kind in range(4)]
+    assert all(len(targets) == 1 for targets in target_of_kind)
+    assert sorted(targets[0] for targets in target_of_kind) == [4, 5, 6, 7]
+
+
+def test_keys_of_a_shortened_block_stand_for_all_their_patches() -> None:
+    view = encoder_view(Grid.image(2, 2))
+    keys = torch.tensor([[[[9.0], [1.0], [2.0]]]])  # [CLS] and two merged tokens
+    merged = Reduction.merge(torch.tensor([[0, 1, 2, 2, 1]]), 3)
+    view = replace(view, q_IHMd=keys, k_IHMd=keys, num_prefix=1, reduction=merged)
+    assert mean_keys(view)[0, :, 0].tolist() == [1.0, 2.0, 2.0, 1.0]
+
+
+def test_features_do_without_an_encoder() -> None:
+    grid = LAYOUTS["image"]
+    tokens = item(grid)
+    context = context_for(grid, Budget(retain=0.4))
+    context.encoder_layers = ()
+    method = VisionZip(similarity="features")
+    assert method.projector(tokens, context) is not None
+    assert method.encoder_layers(12, 11) == () and VisionZip().encoder_layers(12, 10) == (10,)
+    with pytest.raises(MissingSignalError, match=r"encoder\.attention"):
+        VisionZip().projector(tokens, context)
+
+
 def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="contextual is a share"):
         VisionZip(contextual=1.0)
     with pytest.raises(ValueError, match="merge must be"):
         VisionZip(merge="sum")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="similarity must be"):
+        VisionZip(similarity="values")  # type: ignore[arg-type]

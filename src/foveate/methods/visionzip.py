@@ -16,6 +16,7 @@ from foveate.core import (
     Budget,
     Card,
     Count,
+    EncoderAttentionView,
     Grid,
     Method,
     ProjectorContext,
@@ -84,6 +85,17 @@ def zip_planes(
     return Reduction.merge(slot_TL, dominant + contextual, weight_TL, anchor_TM, normalise=False)
 
 
+def mean_keys(view: EncoderAttentionView) -> torch.Tensor:
+    """Keys of an encoder block, mean over heads, for the language model's tokens, [1, N, d].
+
+    They go the way of the features (pooling, merging, unpadding), one channel after the other.
+    """
+    key_IMd = view.k_IHMd.float().mean(1)
+    if view.reduction is not None:  # an encoder stage shortened the block: every patch again
+        key_IMd = view.reduction.restore(key_IMd)
+    return view.to_tokens(key_IMd[:, view.num_prefix :])
+
+
 @dataclass(frozen=True)
 class VisionZip(Method):
     """VisionZip: dominant patches by [CLS] attention, the rest merged into contextual tokens.
@@ -94,6 +106,8 @@ class VisionZip(Method):
         contextual: share of the kept tokens that are contextual; the published splits have 5/32.
         merge: "mean" averages a contextual token and the patches it takes in; "add" adds the mean
             of these to it, as the official code does in front of the projector.
+        similarity: what tells how alike patches are: "keys" of the block that makes the features,
+            mean over heads, or the projected "features".
 
     Raises:
         ValueError: a value is out of range.
@@ -110,6 +124,7 @@ class VisionZip(Method):
 
     contextual: float = 5 / 32
     merge: Merge = "mean"
+    similarity: Literal["keys", "features"] = "keys"
 
     card: ClassVar[Card] = Card(
         name="visionzip",
@@ -137,8 +152,8 @@ class VisionZip(Method):
             "untouched 7B model (abstract)",
         ),
         notes=(
-            "Similarity is measured on the projected features; the paper measures it on the keys "
-            "of the block that made the features.",
+            "Keys are read as the block uses them (rotated, where it has rotary positions) and "
+            "pooled or merged like the features; similarity='features' does without them.",
             "Acts after the projector, on what it made of the patches; the official code merges in "
             "front of it. It also keeps the encoder's [CLS] token as one of the dominant tokens, "
             "which transformers models do not pass on; here a patch takes its place.",
@@ -166,6 +181,12 @@ class VisionZip(Method):
             )
         if self.merge not in ("mean", "add"):
             raise ValueError(f'merge must be "mean" or "add", got {self.merge!r}.')
+        if self.similarity not in ("keys", "features"):
+            raise ValueError(f'similarity must be "keys" or "features", got {self.similarity!r}.')
+
+    def encoder_layers(self, num_layers: int, feature_layer: int) -> tuple[int, ...]:
+        """The block that makes the features, where its keys are read."""
+        return (feature_layer,) if self.similarity == "keys" else ()
 
     def split(self, kept: int) -> tuple[int, int]:
         """Dominant and contextual tokens of a plane that keeps `kept`."""
@@ -184,7 +205,8 @@ class VisionZip(Method):
             return None
         grid = context.grid
         score_N = context.signal("encoder.cls_attention", "encoder.received_attention")[0]
-        metric_NE = tokens.x_BND[0]
+        keys = self.similarity == "keys"
+        metric_NE = mean_keys(*context.encoder_attentions())[0] if keys else tokens.x_BND[0]
         size_N = None if tokens.size_BN is None else tokens.size_BN[0]
 
         def merge(source_TL: torch.Tensor, kept: int) -> Reduction:
