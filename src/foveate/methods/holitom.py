@@ -25,6 +25,7 @@ from foveate.core import (
     ProjectorContext,
     Reduction,
     Tokens,
+    frames_of,
     with_special,
 )
 
@@ -298,22 +299,13 @@ class HoliTom(Method):
         grid = context.grid
         if grid.modality == "image" or context.budget.is_full:
             return None
-        if not grid.is_uniform:
-            sizes = sorted({(plane.height, plane.width) for plane in grid.planes})
-            raise ValueError(
-                f"holitom compares frames place by place and needs frames of one size, got {sizes}."
-            )
-        T, N = len(grid.planes), grid.planes[0].num_patches
+        feat_TNC = frames_of(tokens, grid, self.name)
+        T, N, _ = feat_TNC.shape
         patch_P = grid.patch_index(tokens.device)
         retain = context.budget.fraction(T * N)
-        x_ND = tokens.x_BND[0]
-        # Patches without tokens between them are a view; copying them would cost as much as a pass.
-        feat_PC = (
-            x_ND[: T * N] if grid.num_tokens - grid.newlines_at_end == T * N else x_ND[patch_P]
-        )
         attn_N = context.signal(*(str(name) for name in self.needs))[0]
         merged = outer(
-            feat_PC.view(T, N, -1),
+            feat_TNC,
             attn_N[patch_P].view(T, N),
             retain,
             tau=self.tau if self.tau is not None else (0.65 if retain <= 0.10 else 0.80),
