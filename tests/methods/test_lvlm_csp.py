@@ -8,6 +8,7 @@ import torch
 import foveate
 from foveate.core import AttentionView, Budget, Grid, Recipe, Tokens
 from foveate.core.flops import published_flops
+from foveate.errors import MissingSignalError
 from foveate.methods.lvlm_csp import LVLMCSP, by_instance, instance_shares, strided
 from foveate.models.registry import adapter_for
 from tiny import IMAGE, tiny_inputs, tiny_model
@@ -107,6 +108,38 @@ def test_random_chooser_repeats_with_the_seed() -> None:
     first = first_range(method, grid, seed=1)
     assert first == first_range(method, grid, seed=1) != first_range(method, grid, seed=2)
     assert len(set(first)) == 64 and first == sorted(first)
+
+
+def test_cls_chooser_takes_what_the_encoder_attends_to() -> None:
+    score_N = torch.rand(49, generator=torch.Generator().manual_seed(0))
+    score_N[7::8] = torch.nan  # newline tokens
+    method = LVLMCSP(chooser="cls", clusters=5)
+    assert method.needs == ("encoder.cls_attention",) and LVLMCSP().needs == ()
+    found = first_range(method, Grid.image(7, 7), carried=lambda name: score_N)
+    assert found == score_N.nan_to_num(-1).topk(5).indices.sort().values.tolist()
+
+
+def test_cls_chooser_on_models() -> None:
+    """The map is that of the projector stage, also behind a method that drops tokens there."""
+    model, inputs = tiny_model("llava"), tiny_inputs("llava")
+    with torch.no_grad(), foveate.reduce(model, "fastervlm", tokens=6) as run:
+        model(**inputs)
+    expected = run.report.items[0].reduction.anchor_BM[0]
+    method = LVLMCSP(chooser="cls", clusters=6)
+    with torch.no_grad(), foveate.reduce(model, method, retain=0.5) as run:
+        model(**inputs)
+    assert run.report.items[0].alive[0].tolist() == expected.tolist()
+    recipe = "fastervlm(tokens=6) + lvlm_csp(chooser='cls', clusters=2, retain=0.6)"
+    with torch.no_grad(), foveate.reduce(model, recipe) as both:
+        model(**inputs)
+    kept = both.report.items[0].reduction.anchor_BM[0]
+    assert kept.tolist() == expected.tolist()
+    with torch.no_grad(), foveate.reduce(model, "fastervlm", tokens=2) as run:
+        model(**inputs)
+    best = run.report.items[0].reduction.anchor_BM[0].tolist()
+    assert kept[both.report.items[0].alive[0]].tolist() == best
+    with pytest.raises(MissingSignalError, match="lvlm_csp needs the signal"):
+        foveate.reduce(tiny_model("llava_onevision"), method, retain=0.5)
 
 
 def two_masks() -> torch.Tensor:
@@ -258,7 +291,7 @@ def test_keeping_all_in_every_range_is_the_untouched_model(attn: str) -> None:
     [
         ({"clusters": 0}, "clusters is a number"),
         ({"keep": 1.5}, "keep is a number"),
-        ({"chooser": "cls"}, "chooser must be one of"),
+        ({"chooser": "best"}, "chooser must be one of"),
         ({"query": 0}, "query counts back"),
         ({"chooser": "seg_first"}, "go together"),
         ({"masks": [[[1]]]}, "go together"),

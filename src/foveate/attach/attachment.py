@@ -329,8 +329,11 @@ class Attachment(OfOneModel):
         if has_cls:
             available.add("encoder.cls_attention")
         chosen: set[str] = set()
-        for index in self.recipe.at("projector"):
-            method = self.recipe.steps[index].method
+        for step in self.recipe:
+            method = step.method
+            # Signals of a method without a projector stage are carried to its decoder stage.
+            if "projector" in method.stages() and "projector" not in step.stages:
+                continue
             for need in method.needs:
                 options = (need,) if isinstance(need, str) else need
                 found = [name for name in options if name in available]

@@ -233,6 +233,11 @@ class LanguageStage(OfOneModel):
             self.settings.seed,
             report,
             self.state.text_ids,
+            [
+                (step.number, step.method)
+                for step in self.decoder_steps
+                if "projector" not in step.method.stages()
+            ],
         )
         embeds, sequence, positions, moved = reducer(embeds, valid, positions, items, deepstack)
         if moved is not None and cache is not None:

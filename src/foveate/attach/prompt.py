@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -139,6 +139,8 @@ class PromptReducer:
         budget: (step, sample) -> budget.
         compact: renumber positions contiguously.
         text_ids: int64 [B, L] or None, for methods that read the text.
+        carriers: methods without a projector stage; the encoder signals that they declare are
+            carried to their decoder stage.
     """
 
     steps: list[tuple[int, Method]]
@@ -147,6 +149,7 @@ class PromptReducer:
     seed: int
     report: Report
     text_ids: torch.Tensor | None
+    carriers: list[tuple[int, Method]] = field(default_factory=list)
 
     def reduce_item(
         self,
@@ -158,6 +161,11 @@ class PromptReducer:
         """One item after all steps; its `reduction` is None when nothing acted on it."""
         item, grids = items[number], tuple(other.grid for other in items)
         tokens = Tokens.from_grid(x_1ND, item.grid)
+        for step, method in self.carriers:
+            for need in method.needs:
+                for name in (need,) if isinstance(need, str) else need:
+                    if name in item.signals:
+                        item.carried[step, name] = item.signals[name].to(x_1ND.device)
         for step, method in self.steps:
             budget = self.budget(step, item.sample)
             if budget.is_full:

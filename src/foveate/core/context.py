@@ -271,8 +271,9 @@ class DecoderContext(Context):
         hidden: `hidden()` gives the hidden states of the whole sequence, [1, S, D].
         observed: `observed(layer, module)` gives what `Method.observe` returned there, [S, ...] in
             the order of the current tokens; NaN for tokens it did not see.
-        carried: `carried(name)` gives what the method's projector stage noted with `carry`,
-            [N, ...] in the order of the current visual tokens.
+        carried: `carried(name)` gives what the method's projector stage noted with `carry`, or,
+            without such a stage, an encoder signal of its `needs`: [N, ...] in the order of the
+            current visual tokens.
         id_S: stable numbers of the current tokens: their places in the prompt that entered the
             language model, int64 [S]; None: as many as there are, in order.
         span_I2: numbers of the first and last token of every visual item as they entered the

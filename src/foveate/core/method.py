@@ -50,7 +50,8 @@ class Method:
     Class attributes:
         card: identity and published settings.
         needs: projector-stage signals; a tuple inside means "the first of these that the model
-            has". Only what is declared is computed.
+            has". Only what is declared is computed. A decoder-stage method without a projector
+            stage reads encoder signals with `DecoderContext.carried(name)`.
         any_tokens: the projector stage reads tokens only, not `context.grid`, so it can follow
             another projector method that has shortened the item.
         renumbers: after every decoder reduction the remaining tokens get contiguous positions, in

@@ -25,8 +25,8 @@ from foveate.core import (
     relative_layer,
 )
 
-Choice = Literal["even", "uniform", "random", "seg_first"]
-CHOICES = ("even", "uniform", "random", "seg_first")
+Choice = Literal["even", "uniform", "random", "cls", "seg_first"]
+CHOICES = ("even", "uniform", "random", "cls", "seg_first")
 Share = int | float
 
 
@@ -85,7 +85,8 @@ class LVLMCSP(Method):
         clusters: tokens of the first range, a number or a fraction; None derives it from `retain`.
         keep: tokens of the last range, likewise.
         chooser: which tokens the first range has: "even" spacing over all of them; "uniform", the
-            paper's stride (see `strided`); "random"; "seg_first", a share of every mask.
+            paper's stride (see `strided`); "random"; "cls", those that the encoder's [CLS] token
+            attends to most; "seg_first", a share of every mask.
         masks: for "seg_first", bool masks of instances of the sample's one image [O][H][W] (nested
             lists, array or tensor), which may overlap; pixels in none are one more instance.
         query: the token whose attention prunes, counted back from the end of the prompt: the last
@@ -142,6 +143,8 @@ class LVLMCSP(Method):
             "tokens; elsewhere the paper's stride ('uniform') never reaches the end of the image.",
             "Without `query` the last token of the prompt prunes, as [SEG] does where the answer "
             "is given.",
+            "'cls' reads the mean over heads of the block that makes the features, and needs an "
+            "encoder with [CLS].",
             "'seg_first' takes masks that the caller has made; a token belongs to the mask that "
             "covers most of it, tokens of an instance are spaced evenly, and what rounding leaves "
             "is filled from the background.",
@@ -174,6 +177,8 @@ class LVLMCSP(Method):
             )
         if self.masks is not None:
             object.__setattr__(self, "masks", _nested(self.masks))
+        if self.chooser == "cls":
+            object.__setattr__(self, "needs", ("encoder.cls_attention",))
 
     # -- how many -------------------------------------------------------------------------------
 
@@ -291,6 +296,10 @@ class LVLMCSP(Method):
             return ops.random_indices(1, N, keep, seed=context.seed, device=device)[0]
         if self.chooser == "uniform":
             return strided(N, keep, device)
+        if self.chooser == "cls":
+            score_N = context.carried("encoder.cls_attention")
+            # Newline tokens have no score; they are chosen last.
+            return ops.top_k(score_N.masked_fill(score_N.isnan(), -torch.inf), keep)
         if self.chooser == "seg_first":
             instance_N, sizes = self._instances(tokens)
             return by_instance(instance_N, sizes, keep)
