@@ -366,7 +366,7 @@ class CacheContext(Context):
     last_token_attention: Callable[[int], torch.Tensor] = lambda layer: _no_attention(layer)
 
 
-def _no_attention(layer: int) -> AttentionView:
+def _no_attention(layer: int) -> NoReturn:
     raise ValueError(
         f"The attention of layer {layer} was not declared; return it from attention_layers()."
     )
