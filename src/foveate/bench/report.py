@@ -6,7 +6,6 @@ Legend: nothing here is a tensor; accuracies, shares of tokens and of FLOPs are 
 from __future__ import annotations
 
 from html import escape
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,14 @@ from foveate.bench import report_text as text
 from foveate.bench.plan import BASELINES
 from foveate.bench.report_curves import Style
 from foveate.bench.report_markdown import render_markdown
-from foveate.bench.report_plots import flops_chart, legend, multiples, retained_chart, styles_of
+from foveate.bench.report_plots import (
+    flops_chart,
+    legend,
+    multiples,
+    retained_chart,
+    styles_of,
+    stylesheet,
+)
 from foveate.bench.results import BenchResult, read_result
 from foveate.bench.store import UNTOUCHED
 from foveate.core._files import write_text
@@ -107,7 +113,7 @@ def markdown_table(folder: Path) -> str:
 def render_report(results: BenchResult) -> str:
     """The document of `write_report` as text: one file, no script, light and dark."""
     styles = styles_of(results)
-    title = f"{_model(results)}: accuracy against budget"
+    title = f"{model_name(results)}: accuracy against budget"
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8"/>\n'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}"/>\n'
@@ -124,7 +130,7 @@ def render_report(results: BenchResult) -> str:
 # -- head -----------------------------------------------------------------------------------------
 
 
-def _model(results: BenchResult) -> str:
+def model_name(results: BenchResult) -> str:
     """A model's name; of a folder its last part, which is what people call it by."""
     name = str(results.run.get("model") or results.run.get("model_id") or "a model")
     return Path(name).name or name
@@ -139,7 +145,7 @@ def _facts(results: BenchResult) -> str:
             f"{name} {_plain(value)}" for name, value in given.items() if value is not None
         )
     facts = (
-        ("model", run.get("model") if run.get("model") != _model(results) else None),
+        ("model", run.get("model") if run.get("model") != model_name(results) else None),
         ("of class", run.get("model_id") if run.get("model_id") != run.get("model") else None),
         ("suite", f"{run['suite']} ({options})" if options else run.get("suite")),
         ("questions", _asked(results)),
@@ -253,7 +259,7 @@ def _scroll(body: str) -> str:
 
 def _css(styles: dict[str, Style], results: BenchResult) -> str:
     """The style sheet with one rule per recipe and budget for what is pointed at or ticked."""
-    rules = [(files("foveate.bench") / "assets" / "report.css").read_text(encoding="utf-8")]
+    rules = [stylesheet("chart"), stylesheet("report")]
     rules += [
         f"input.t{number}:checked ~ .sheet.n{number} {{ display: block; }}"
         for number in range(len(results.budgets))

@@ -20,10 +20,10 @@ def render_markdown(results: BenchResult) -> str:
     parts = []
     if shown is not None:
         parts.append(_overall(results, shown))
-        parts.append(_by_task(results, shown))
+        parts.append(by_task(results, shown))
     for name, where, why in results.failures:
         at = ", ".join(map(text.budget, where))
-        parts.append(f"`{_cell(name)}` could not run at {at}: {_cell(why)}")
+        parts.append(f"`{cell_text(name)}` could not run at {at}: {cell_text(why)}")
     if results.missing:
         parts.append(f"{plural(len(results.missing), 'cell')} without a result yet.")
     parts.append(_provenance(results))
@@ -39,23 +39,23 @@ def _overall(results: BenchResult, shown: float) -> str:
     rows = []
     if results.untouched is not None:
         # The same at every budget, so that each column can be read on its own.
-        figures = [_accuracy(results.untouched, None)] * len(results.budgets)
+        figures = [accuracy_figure(results.untouched, None)] * len(results.budgets)
         times = ratio(results.untouched)
         rows.append([UNTOUCHED, *figures, "100.0 %", times, ""])
-    for name in _order(results, shown):
+    for name in ordered(results, shown):
         cells = {cell.retain: cell for cell in results.of(name)}
-        figures = [_accuracy(cells.get(b), best.get(b)) for b in results.budgets]
+        figures = [accuracy_figure(cells.get(b), best.get(b)) for b in results.budgets]
         cell = cells.get(shown)
         share = cell.flops_fraction if cell else None
         spent = text.DASH if share is None else f"{text.percent(share)} %"
         times = ratio(cell) if cell else text.DASH
-        rows.append([_name(name), *figures, spent, times, below.get(name, "")])
+        rows.append([shown_name(name), *figures, spent, times, below.get(name, "")])
     return (
         "Accuracy in %, ± half the 95 % interval, by fraction of visual tokens kept; the best of "
         "each column is bold, baselines are italic. Time to the first token is in multiples of the "
         f"untouched model's. The last column names baselines with a higher accuracy at {at}, in "
         "brackets where the 95 % interval of the paired difference includes zero.\n\n"
-        + _table(heads, rows)
+        + table(heads, rows)
     )
 
 
@@ -63,28 +63,30 @@ def _below(row: Standing) -> str:
     return ", ".join(name if sure else f"({name})" for name, sure in row.below)
 
 
-def _by_task(results: BenchResult, shown: float) -> str:
+def by_task(results: BenchResult, shown: float) -> str:
+    """Accuracy of every task at one budget; "" without tasks."""
     if not results.tasks:
         return ""
     rows = []
     if results.untouched is not None:
-        rows.append([UNTOUCHED, *_tasks(results, results.untouched)])
-    for name in _order(results, shown):
+        rows.append([UNTOUCHED, *task_figures(results, results.untouched)])
+    for name in ordered(results, shown):
         cell = results.cell(name, shown)
         if cell is not None:
-            rows.append([_name(name), *_tasks(results, cell)])
-    return f"Accuracy in % by task, {text.budget(shown)} of the visual tokens kept.\n\n" + _table(
+            rows.append([shown_name(name), *task_figures(results, cell)])
+    return f"Accuracy in % by task, {text.budget(shown)} of the visual tokens kept.\n\n" + table(
         ["recipe", *results.tasks], rows
     )
 
 
-def _order(results: BenchResult, shown: float) -> list[str]:
+def ordered(results: BenchResult, shown: float) -> list[str]:
     """Recipes by accuracy at one budget; those without a result there come last."""
     first = [cell.recipe for cell in results.at(shown)]
     return first + [name for name in results.recipes if name not in first]
 
 
-def _accuracy(cell: Cell | None, best: Interval | None) -> str:
+def accuracy_figure(cell: Cell | None, best: Interval | None) -> str:
+    """Accuracy and half its interval, bold where it is the best."""
     figure = cell and cell.accuracy
     if figure is None:
         return text.DASH
@@ -94,22 +96,25 @@ def _accuracy(cell: Cell | None, best: Interval | None) -> str:
     return f"{value} ± {text.percent(figure.half)}" if figure.known else value
 
 
-def _tasks(results: BenchResult, cell: Cell) -> list[str]:
+def task_figures(results: BenchResult, cell: Cell) -> list[str]:
+    """Percent right of every task."""
     return [text.percent(cell.task_share(task), 0) for task in results.tasks]
 
 
-def _name(recipe: str) -> str:
-    return f"*{recipe}*" if recipe in BASELINES else f"`{_cell(recipe)}`"
+def shown_name(recipe: str) -> str:
+    """A recipe as code, a baseline in italics."""
+    return f"*{recipe}*" if recipe in BASELINES else f"`{cell_text(recipe)}`"
 
 
-def _cell(words: str) -> str:
+def cell_text(words: str) -> str:
     """Text that breaks neither out of a cell nor out of its code marks."""
     return " ".join(words.split()).replace("|", "\\|").replace("`", "'")
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A GitHub table, all but the first column to the right."""
     lines = [
-        "| " + " | ".join(map(_cell, heads)) + " |",
+        "| " + " | ".join(map(cell_text, heads)) + " |",
         "|" + "|".join([" :-- ", *([" --: "] * (len(heads) - 1))]) + "|",
         *("| " + " | ".join(row) + " |" for row in rows),
     ]
@@ -130,7 +135,7 @@ def _provenance(results: BenchResult) -> str:
         f"transformers {run['transformers']}" if run.get("transformers") else "",
         str(run.get("date") or "")[:10],
     ]
-    line = ", ".join(_cell(part) for part in told if part)
+    line = ", ".join(cell_text(part) for part in told if part)
     command = str(run.get("command") or "").strip()
     fence = f"\n\n```console\n$ {command}\n```" if command else ""
     return f"{line}.{fence}" if line else fence.strip()

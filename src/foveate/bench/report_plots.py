@@ -5,8 +5,10 @@ Legend: nothing here is a tensor; shares and accuracies are fractions.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
+from importlib.resources import files
 
 from foveate._wording import plural, shorten
 from foveate.bench import report_text as text
@@ -103,12 +105,35 @@ def _scale(results: BenchResult) -> Scale:
     return accuracy_scale([cell.accuracy for cell in cells if cell.accuracy])
 
 
-def retained_chart(results: BenchResult, styles: Styles) -> str:
+def stylesheet(name: str) -> str:
+    """The rules for "chart" or "report"."""
+    return (files("foveate.bench") / "assets" / f"{name}.css").read_text(encoding="utf-8")
+
+
+def picture(results: BenchResult, width: float = 760) -> str:
+    """Accuracy against tokens kept as an SVG file of its own, light and dark.
+
+    It has its own ground, so that it can be read on a page whose scheme is not the viewer's.
+    """
+    chart = retained_chart(results, styles_of(results), width)
+    head, _, body = chart.partition(">")
+    size = re.search(r'viewBox="0 0 (\d+) (\d+)"', head)
+    assert size is not None
+    font = 'system-ui, -apple-system, "Segoe UI", Roboto, Arial, sans-serif'
+    return (
+        f'{head} xmlns="http://www.w3.org/2000/svg" width="{size[1]}" height="{size[2]}">'
+        f"<style>{stylesheet('chart')}text {{ font-family: {font}; }} "
+        ".ground { fill: var(--card); }</style>"
+        f'<rect class="ground" width="{size[1]}" height="{size[2]}" rx="10"/>{body}\n'
+    )
+
+
+def retained_chart(results: BenchResult, styles: Styles, width: float = 1080) -> str:
     """Accuracy against the fraction of visual tokens kept."""
     low, high = share_range(results.budgets)
     # A single budget has the whole width for its recipes.
     most, gap = (11.0, 2.2) if len(results.budgets) > 1 else (330.0, 16.0)
-    frame = Frame(low, high, _scale(results), ticks=results.budgets)
+    frame = Frame(low, high, _scale(results), width, ticks=results.budgets)
     return curve_chart(
         frame,
         _series(results, styles),
