@@ -40,7 +40,7 @@ class TowerBatches(Dataset):
 
     def __getitem__(self, step: int) -> dict[str, Any]:
         size, pixels = self.size, []
-        cells = {"patches": size.patch, "tokens": 2 * size.patch}
+        cells = _cells(size)
         labels: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in cells}
         for index in range(size.tower.clips):
             scene = self.world.sample(self.first + step * size.tower.clips + index).scene
@@ -51,12 +51,19 @@ class TowerBatches(Dataset):
             for name, cell in cells.items():
                 labels[name].append(dense_labels(scene, masks_THW, frames, cell))
         batch: dict[str, Any] = {"frames": torch.from_numpy(np.concatenate(pixels))}
-        for name, parts in labels.items():
-            batch[name] = {
-                key: torch.from_numpy(np.concatenate([part[key] for part in parts]))
-                for key in parts[0]
-            }
-        return batch
+        return batch | {name: _joined(parts) for name, parts in labels.items()}
+
+
+def _cells(size: Size) -> dict[str, int]:
+    """Side in pixels of what is labelled: the tower's patches, the language model's tokens."""
+    return {"patches": size.patch, "tokens": 2 * size.patch}
+
+
+def _joined(parts: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
+    """The labels of several clips as those of one row of frames."""
+    return {
+        key: torch.from_numpy(np.concatenate([part[key] for part in parts])) for key in parts[0]
+    }
 
 
 class AnswerBatches(Dataset):
@@ -69,6 +76,7 @@ class AnswerBatches(Dataset):
         first: number of the first clip of step 0.
         split: of the world.
         captions: whether a caption is asked for, too.
+        labels: whether the labels of all frames come with them.
     """
 
     def __init__(
@@ -80,8 +88,10 @@ class AnswerBatches(Dataset):
         *,
         split: str = "train",
         captions: bool = True,
+        labels: bool = False,
     ) -> None:
-        self.size, self.clips, self.first, self.captions = size, clips, first, captions
+        self.size, self.clips, self.first = size, clips, first
+        self.captions, self.labels = captions, labels
         self.world = World(
             seed,
             split,  # pyright: ignore[reportArgumentType]
@@ -97,6 +107,12 @@ class AnswerBatches(Dataset):
         rows = [self._exchanges(sample) for sample in samples]
         batch: dict[str, Any] = pack(rows, self.size.visual_tokens)
         batch["frames"] = torch.from_numpy(np.stack([one.frames_THWC for one in samples]))
+        if self.labels:
+            frames = list(range(self.size.frames))
+            for name, cell in _cells(self.size).items():
+                batch[name] = _joined(
+                    [dense_labels(one.scene, one.masks_THW, frames, cell) for one in samples]
+                )
         return batch
 
     def asked(self, sample: Sample) -> list[Question]:

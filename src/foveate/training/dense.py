@@ -143,12 +143,17 @@ class DenseHeads(nn.Module):
         self.patches = DenseHead(vision_width)
         self.tokens = DenseHead(text_width)
 
-    def loss(self, model: Any, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of a batch of frames: {"pixels" float [B, C, H, W], "patches", "tokens": labels}."""
-        inner = model.model
-        features = inner.vision_tower(batch["pixels"], output_hidden_states=True).hidden_states[-1]
-        on_patches, patch_facts = self.patches.loss(features, batch["patches"])
-        tokens = inner.apply_pooling(inner.multi_modal_projector(features))
-        on_tokens, facts = self.tokens.loss(tokens, batch["tokens"])
+    def loss(
+        self, features_BPD: Tensor, tokens_BNE: Tensor, labels: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of a batch of frames.
+
+        Args:
+            features_BPD: the tower's patches.
+            tokens_BNE: the language model's visual tokens.
+            labels: of `dense_labels`, under "patches" and "tokens".
+        """
+        on_patches, patch_facts = self.patches.loss(features_BPD, labels["patches"])
+        on_tokens, facts = self.tokens.loss(tokens_BNE, labels["tokens"])
         facts |= {f"patch_{name}": value for name, value in patch_facts.items()}
         return on_patches + on_tokens, facts

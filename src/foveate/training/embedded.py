@@ -26,14 +26,16 @@ from foveate.training.data import AnswerBatches, TowerBatches, batches
 from foveate.training.dense import DenseHeads
 from foveate.training.evaluate import VIEWS, summary, world_accuracy
 from foveate.training.loop import Run, Tell, make_optimisers
-from foveate.training.model import build_model, normalise, save_pretrained
-from foveate.training.packing import packed_hidden, visual_tokens
+from foveate.training.model import build_model, save_pretrained
+from foveate.training.packing import frame_tokens, join_frames, packed_hidden
 from foveate.training.sizes import Size
 
 #: The stages in order, as attributes of a size.
 STAGES = ("tower", "answers", "joint")
 #: Number of the first clip of each: clips of different stages never meet.
 _FIRST_CLIP = {"tower": 0, "answers": 10_000_000, "joint": 20_000_000}
+#: Share of the labels' loss in the joint stage.
+_DENSE_WEIGHT = 0.3
 _STATE = "training.json"
 _WEIGHTS = "model.safetensors"
 
@@ -166,7 +168,8 @@ class EmbeddedTraining:
         if run.name == "tower":
             data = TowerBatches(self.size, self.seed, first)
         else:
-            data = AnswerBatches(self.size, self.seed, run.stage.clips, first)
+            labels = run.name == "joint"
+            data = AnswerBatches(self.size, self.seed, run.stage.clips, first, labels=labels)
         return batches(data, steps, self.workers, pinned=self._on_gpu)
 
     def _prepare(self, name: str, model: Any, heads: DenseHeads) -> Run:
@@ -180,7 +183,7 @@ class EmbeddedTraining:
         else:
             groups = [(inner.language_model, 1.0), (inner.multi_modal_projector, 0.5)]
             if name == "joint":
-                groups.append((inner.vision_tower, 0.3))
+                groups += [(inner.vision_tower, 1.0), (heads, 1.0)]
             else:
                 inner.vision_tower.requires_grad_(False)
         optimisers = make_optimisers(groups, stage.rate)
@@ -190,9 +193,10 @@ class EmbeddedTraining:
 
         def loss(batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
             with torch.autocast(torch.device(self.device).type, torch.bfloat16):
+                made = self._on_device(batch)
                 if name == "tower":
-                    return heads.loss(model, self._frames_on_device(batch))
-                return answer_loss(model, self._on_device(batch), frozen=name == "answers")
+                    return heads.loss(*frame_tokens(model, made["frames"]), made)
+                return answer_loss(model, made, heads if name == "joint" else None)
 
         modules = {"model": model, "heads": heads}
         return Run(name, stage, modules, optimisers, loss, self.folder, self.every)
@@ -201,10 +205,6 @@ class EmbeddedTraining:
         if isinstance(batch, dict):
             return {name: self._on_device(value) for name, value in batch.items()}
         return batch.to(self.device, non_blocking=True)
-
-    def _frames_on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
-        batch = self._on_device(batch)
-        return {**batch, "pixels": normalise(batch["frames"])}
 
     # -- result ---------------------------------------------------------------------------------
 
@@ -261,17 +261,19 @@ def _differing(begun: dict[str, Any], settings: dict[str, Any], name: str = "") 
 
 
 def answer_loss(
-    model: Any, batch: dict[str, Tensor], *, frozen: bool
+    model: Any, batch: dict[str, Any], heads: DenseHeads | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Weighted cross entropy of answers and captions, and the fraction of answers that is right.
 
     Args:
         model: a `LlavaOnevisionForConditionalGeneration`.
         batch: of `AnswerBatches`.
-        frozen: whether the tower is left out of the gradient.
+        heads: read-outs whose loss is added, for a batch with labels; None leaves the tower out of
+            the gradient.
     """
-    visual_BVD = visual_tokens(model, batch["frames"], frozen=frozen)
-    hidden_BLD = packed_hidden(model, visual_BVD, batch)
+    frames_BTHWC = batch["frames"]
+    features_BPD, tokens_BNE = frame_tokens(model, frames_BTHWC.flatten(0, 1), frozen=heads is None)
+    hidden_BLD = packed_hidden(model, join_frames(model, tokens_BNE, len(frames_BTHWC)), batch)
     asked = batch["labels"] >= 0
     logits = model.lm_head(hidden_BLD[asked]).float()
     labels, weights = batch["labels"][asked], batch["weights"][asked]
@@ -284,7 +286,11 @@ def answer_loss(
             "right": right.sum() / answers.sum().clamp(min=1),
             "answer_loss": (losses * answers).sum() / answers.sum().clamp(min=1),
         }
-    return (losses * weights).sum() / weights.sum(), facts
+    loss = (losses * weights).sum() / weights.sum()
+    if heads is not None:
+        dense, dense_facts = heads.loss(features_BPD, tokens_BNE, batch)
+        loss, facts = loss + _DENSE_WEIGHT * dense, {**facts, **dense_facts}
+    return loss, facts
 
 
 def _thinned(history: list[dict[str, float]], points: int = 40) -> list[dict[str, float]]:

@@ -38,7 +38,8 @@ def rate_at(stage: Stage, step: int) -> float:
     """
     if step < stage.warmup:
         return (step + 1) / stage.warmup
-    part = (step - stage.warmup) / max(stage.steps - stage.warmup, 1)
+    length = (stage.horizon or stage.steps) - stage.warmup
+    part = (step - stage.warmup) / max(length, 1)
     return _END_RATE + (1 - _END_RATE) * (1 + math.cos(math.pi * part)) / 2
 
 

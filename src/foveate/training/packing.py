@@ -105,15 +105,29 @@ def visual_tokens(model: Any, frames_BTHWC: Tensor, *, frozen: bool = False) -> 
         frames_BTHWC: pixels, uint8.
         frozen: whether the tower is left out of the gradient.
     """
+    _, tokens_BNE = frame_tokens(model, frames_BTHWC.flatten(0, 1), frozen=frozen)
+    return join_frames(model, tokens_BNE, len(frames_BTHWC))
+
+
+def frame_tokens(model: Any, frames_BHWC: Tensor, *, frozen: bool = False) -> tuple[Tensor, Tensor]:
+    """The tower's patches and the language model's tokens of single frames: [B, P, D], [B, N, E].
+
+    Args:
+        model: a `LlavaOnevisionForConditionalGeneration`.
+        frames_BHWC: pixels, uint8.
+        frozen: whether the tower is left out of the gradient.
+    """
     inner = model.model
-    B, T = frames_BTHWC.shape[:2]
     with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-        pixels = normalise(frames_BTHWC).flatten(0, 1)
-        out = inner.vision_tower(pixels, output_hidden_states=True)
-        features = out.hidden_states[model.config.vision_feature_layer]
-    pooled = inner.apply_pooling(inner.multi_modal_projector(features))
-    newline = inner.image_newline.to(pooled.dtype).expand(B, 1, -1)
-    return torch.cat([pooled.reshape(B, T * pooled.shape[1], -1), newline], dim=1)
+        out = inner.vision_tower(normalise(frames_BHWC), output_hidden_states=True)
+        features_BPD = out.hidden_states[model.config.vision_feature_layer]
+    return features_BPD, inner.apply_pooling(inner.multi_modal_projector(features_BPD))
+
+
+def join_frames(model: Any, tokens_BNE: Tensor, clips: int) -> Tensor:
+    """Tokens of the frames of so many clips in a row, closed by the newline token: [B, V, E]."""
+    newline = model.model.image_newline.to(tokens_BNE.dtype).expand(clips, 1, -1)
+    return torch.cat([tokens_BNE.reshape(clips, -1, tokens_BNE.shape[-1]), newline], dim=1)
 
 
 def packed_hidden(model: Any, visual_BVD: Tensor, batch: dict[str, Tensor]) -> Tensor:

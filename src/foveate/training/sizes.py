@@ -15,12 +15,15 @@ class Stage:
         clips: clips per step.
         rate: peak learning rate; linear warm-up, then a cosine down to a twentieth.
         warmup: steps of the warm-up.
+        horizon: steps after which the cosine would end; None: `steps`. A stage that another one
+            goes on from stops while its rate is still high.
     """
 
     steps: int
     clips: int
     rate: float
     warmup: int = 100
+    horizon: int | None = None
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Size:
         text: width, layers, heads, key-value heads and MLP width of the language model.
         tower: training of the tower on per-patch labels of single frames.
         answers: training of the language model on questions, the tower frozen.
-        joint: training of everything, the tower at 0.3 of the rate.
+        joint: training of everything on both.
         frames_per_clip: frames of each clip that the tower stage looks at.
         natural: fraction of shots before natural pictures.
         dtype: in which the finished weights are stored.
@@ -96,8 +99,8 @@ SIZES: dict[str, Size] = {
         vision=(128, 4, 4, 512),
         text=(192, 5, 6, 3, 512),
         tower=Stage(1000, 64, 3e-3),
-        answers=Stage(4000, 8, 1.5e-3, 200),
-        joint=Stage(400, 8, 4e-4, 50),
+        answers=Stage(1800, 8, 1.5e-3, 200, horizon=4000),
+        joint=Stage(1700, 8, 1e-3, 50),
         dtype="bfloat16",
     ),
     # For one data-centre GPU: 785 visual tokens a clip, 10 million parameters.
@@ -109,8 +112,8 @@ SIZES: dict[str, Size] = {
         vision=(192, 6, 6, 768),
         text=(320, 6, 10, 5, 864),
         tower=Stage(4000, 128, 1e-3, 200),
-        answers=Stage(12000, 64, 8e-4, 400),
-        joint=Stage(3000, 64, 2e-4, 200),
+        answers=Stage(5000, 64, 1e-3, 400, horizon=12000),
+        joint=Stage(9000, 64, 8e-4, 200),
         dtype="bfloat16",
     ),
 }
