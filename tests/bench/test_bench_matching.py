@@ -21,6 +21,9 @@ from foveate.bench.matching import choose, normalise
         ("caf\u00e9\u0301"[:4], "CAF\u00c9"),
         ("\uff12", "2"),
         ("A", "a"),
+        ("It is raining.", "it is raining"),
+        ("raining", "It's raining"),
+        ("It is", "it is"),
     ],
 )
 def test_right_replies(reply: str, answer: str) -> None:
@@ -69,6 +72,13 @@ OPTIONS = ["red", "dark red", "a blue cross", "none"]
 )
 def test_lettered_options_are_chosen_by_letter_or_text(reply: str, chosen: int | None) -> None:
     assert choose(reply, OPTIONS, lettered=True) == chosen
+
+
+@pytest.mark.parametrize("reply", ["It is a dog.", "a dog", "B", "The answer is: it is a dog"])
+def test_options_may_begin_like_a_lead_in(reply: str) -> None:
+    options = ["It is a cat.", "It is a dog.", "It is a hot dog."]
+    assert choose(reply, options, lettered=True) == 1
+    assert is_correct(reply, options[1], options, lettered=True)
 
 
 def test_letters_mean_nothing_where_none_were_offered() -> None:

@@ -1,6 +1,6 @@
 """Whether a model's reply is the right answer: the one rule that every cell is judged by.
 
-1. A lead-in is dropped: "The answer is", "Answer:", "It is".
+1. A lead-in is dropped on both sides: "The answer is", "Answer:", "It is".
 2. Reply, answer and options are normalised: Unicode compatibility forms, lower case, no
    punctuation, no articles (a, an, the), number words as digits (one = 1), single spaces.
 3. Without options the reply must equal the answer. Where the answer is yes or no, the reply's first
@@ -73,7 +73,7 @@ def is_correct(
     if options:
         chosen = choose(reply, options, lettered)
         return chosen is not None and normalise(options[chosen]) == normalise(answer)
-    said, wanted = normalise(_without_lead_in(reply)), normalise(answer)
+    said, wanted = (normalise(_without_lead_in(text)) for text in (reply, answer))
     if wanted in ("yes", "no"):
         return said.split(" ")[0] == wanted
     return said == wanted
@@ -92,7 +92,7 @@ def choose(reply: str, options: Sequence[str], lettered: bool = False) -> int | 
         index = LETTERS.index((letter[1] or letter[2]).upper())
         if index < len(options):
             return index
-    said, texts = normalise(text), [normalise(option) for option in options]
+    said, texts = normalise(text), [normalise(_without_lead_in(option)) for option in options]
     if said in texts:
         return texts.index(said)
     return _held(said, texts)
@@ -109,8 +109,9 @@ def _held(said: str, texts: Sequence[str]) -> int | None:
     return found[0] if len(found) == 1 else None
 
 
-def _without_lead_in(reply: str) -> str:
-    return _LEAD_IN.sub("", reply.strip(), count=1)
+def _without_lead_in(text: str) -> str:
+    """The text itself where nothing is left behind a lead-in."""
+    return _LEAD_IN.sub("", text.strip(), count=1) or text
 
 
 def offer(question: str, options: Sequence[str]) -> str:
