@@ -62,6 +62,12 @@ def test_a_warm_up_may_fill_the_stage_or_be_left_out() -> None:
     assert rate_at(Stage(5, 1, 1.0, warmup=0), 0) == 1.0
 
 
+def test_a_stage_may_stop_before_its_cosine_does() -> None:
+    whole = Stage(steps=110, clips=1, rate=1.0, warmup=10)
+    part = Stage(steps=60, clips=1, rate=1.0, warmup=10, horizon=110)
+    assert [rate_at(part, s) for s in range(60)] == [rate_at(whole, s) for s in range(60)]
+
+
 def prepared(stage: str, folder: Path) -> tuple[Any, DenseHeads, Run]:
     model = build_model(SHORT)
     heads = DenseHeads(SHORT.vision[0], SHORT.text[0])
@@ -78,7 +84,7 @@ def test_each_stage_trains_what_it_should_and_nothing_twice(stage: str, tmp_path
     expected = {
         "tower": [tower, inner.multi_modal_projector, heads],
         "answers": rest,
-        "joint": [*rest, tower],
+        "joint": [*rest, tower, heads],
     }[stage]
     wanted = {id(p) for module in expected for p in module.parameters()}
     if stage != "tower":
@@ -88,14 +94,15 @@ def test_each_stage_trains_what_it_should_and_nothing_twice(stage: str, tmp_path
     assert all(p.requires_grad == (stage != "answers") for p in tower.parameters())
     if stage == "joint":
         # The output layer is tied to the embedding, so nothing of the model is left out.
-        assert wanted == {id(p) for p in model.parameters()}
+        assert wanted == {id(p) for module in (model, heads) for p in module.parameters()}
 
 
 def test_muon_gets_the_matrices_and_adam_the_rest(tmp_path: Path) -> None:
-    model, _, run = prepared("joint", tmp_path)
+    model, heads, run = prepared("joint", tmp_path)
     muon, adam = run.optimisers
     assert isinstance(muon, torch.optim.Muon) and isinstance(adam, torch.optim.AdamW)
-    names = {id(p): name for name, p in model.named_parameters()}
+    named = [*model.named_parameters(), *heads.named_parameters()]
+    names = {id(p): name for name, p in named}
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     assert len(tables) == 2
     for optimiser in (muon, adam):
@@ -112,7 +119,7 @@ def test_every_part_has_its_share_of_the_rate(tmp_path: Path) -> None:
         for parameter in group["params"]:
             shares[id(parameter)] = group["lr"] / run.stage.rate
     inner = model.model
-    parts = {inner.language_model: 1.0, inner.multi_modal_projector: 0.5, inner.vision_tower: 0.3}
+    parts = {inner.language_model: 1.0, inner.multi_modal_projector: 0.5, inner.vision_tower: 1.0}
     for module, share in parts.items():
         for parameter in module.parameters():
             assert shares[id(parameter)] == pytest.approx(share / 2)
