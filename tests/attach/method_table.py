@@ -58,6 +58,8 @@ METHOD_TABLE: dict[str, Row] = {
     "evs": Row("evs", ("projector",), families=WITH_VIDEOS, on_images=False),
     "fastervlm": Row("fastervlm", ("projector",)),
     "fastv": Row("fastv", ("decoder",), reads_text=True),
+    "fopru": Row("fopru", ("projector",), exact=False),
+    "hiprune": Row("hiprune(alpha=0.5)", ("projector",), exact=False),
     "holitom": Row(
         "holitom(inner_layer=2, tau=0.5)",
         ("projector", "decoder"),

@@ -28,7 +28,7 @@ from foveate.core.recipe import Recipe
 from foveate.core.reduction import Reduction
 from foveate.core.registry import METHODS, get_method, list_methods, register_method
 from foveate.core.report import ItemReport, Report, StageReport
-from foveate.core.selector import PatchSelector
+from foveate.core.selector import PatchSelector, PlaneSelector
 from foveate.core.step import Step
 from foveate.core.tokens import Tokens
 
@@ -55,6 +55,7 @@ __all__ = [
     "NewlinePolicy",
     "PatchSelector",
     "Plane",
+    "PlaneSelector",
     "ProjectorContext",
     "Recipe",
     "Reduction",

@@ -75,7 +75,7 @@ class EncoderAttentionView:
     @property
     def num_patches(self) -> int:
         """N, before anything was merged."""
-        present = self.q_IHMd.shape[2] if self.reduction is None else self.reduction.num_in
+        present = self.k_IHMd.shape[2] if self.reduction is None else self.reduction.num_in
         return present - self.num_prefix
 
     # -- maps -----------------------------------------------------------------------------------

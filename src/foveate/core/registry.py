@@ -24,6 +24,8 @@ _BUILTIN: dict[str, str] = {
     "evs": "foveate.methods.evs:EVS",
     "fastervlm": "foveate.methods.fastervlm:FasterVLM",
     "fastv": "foveate.methods.fastv:FastV",
+    "fopru": "foveate.methods.fopru:FoPru",
+    "hiprune": "foveate.methods.hiprune:HiPrune",
     "holitom": "foveate.methods.holitom:HoliTom",
     "lvlm_csp": "foveate.methods.lvlm_csp:LVLMCSP",
     "m3": "foveate.methods.m3:M3",
