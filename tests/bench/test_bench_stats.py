@@ -86,12 +86,25 @@ def test_intervals_cover_the_truth(clips: int) -> None:
 def test_pairing_narrows_a_difference() -> None:
     generator = np.random.default_rng(0)
     one = generator.random(300) < 0.6
-    other = one & (generator.random(300) < 0.95)
+    other = one & (generator.random(300) < 0.9)
     names = [str(n // 3) for n in range(300)]
     gap = difference(other.tolist(), one.tolist(), names)
     apart = accuracy(one.tolist(), names)
     assert gap.high - gap.low < 0.6 * (apart.high - apart.low)
     assert gap.low < gap.value < gap.high < 0
+
+
+@pytest.mark.parametrize("per_clip", [1, 3])
+def test_few_clips_that_differ_prove_nothing(per_clip: int) -> None:
+    # Of a fair coin five equal throws are no surprise at 5 %: 2 / 2^5 = 6.25 %; six are.
+    names = [str(n // per_clip) for n in range(100 * per_clip)]
+    plain = [True] * len(names)
+    found = {}
+    for lost in range(1, 10):
+        worse = [n >= lost * per_clip for n in range(len(names))]
+        found[lost] = difference(worse, plain, names).excludes_zero
+        assert difference(plain, worse, names).excludes_zero == found[lost]
+    assert found == {lost: lost >= 6 for lost in found}
 
 
 def test_what_does_not_vary_still_has_an_interval() -> None:

@@ -154,7 +154,9 @@ def difference(
 
     The same cluster bootstrap as `accuracy`, of the per-question differences. Where no question is
     answered differently nothing varies, and the interval is what as many agreeing clips allow: plus
-    and minus the upper Wilson limit of 0 among them. One clip gives [-1, 1].
+    and minus the upper Wilson limit of 0 among them. Where so few clips differ that all of them may
+    point one way by chance (fewer than six at 95 %, by the sign test), resampling is too sure, and
+    the interval is widened to hold zero. One clip gives [-1, 1].
 
     Args:
         one: whether each answer is right, for example of a reduced model.
@@ -182,6 +184,8 @@ def difference(
         margin = wilson(0, len(total_G), confidence).high
         return Interval(value, max(-1.0, value - margin), min(1.0, value + margin))
     low, high = _bootstrap(total_G, number_G, confidence, resamples, seed)
+    if 2.0 ** (1 - np.count_nonzero(total_G)) > 1 - confidence:
+        low, high = min(low, 0.0), max(high, 0.0)
     return Interval(value, low, high)
 
 
