@@ -75,7 +75,12 @@ def _accuracy(test: dict[str, Any]) -> Iterable[str]:
         f"Clips of the split `{test['split']}`, which training never sees. *One frame* shows the "
         "same random frame of the clip all the time, *no picture* grey frames: what the wording "
         "alone gives away."
-        + (" Plus or minus: 95 % of the binomial distribution." if questions else "")
+        + (
+            " Plus or minus: 95 % of the binomial distribution, which takes questions about one "
+            "clip for independent ones and so is a little narrow."
+            if questions
+            else ""
+        )
     )
 
 
@@ -88,7 +93,7 @@ def _share(value: float, asked: int) -> str:
 def _stage_row(name: str, stage: dict[str, Any]) -> list[str]:
     last = stage["curve"][-1]
     right = last.get("right", last.get("kind"))
-    unit = "answers" if "right" in last else "patches"
+    unit = "answers" if "right" in last else "visual tokens"
     return [
         _STAGES[name],
         f"{stage['steps']:,}",

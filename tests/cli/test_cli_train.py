@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -97,7 +98,7 @@ def test_training_shows_progress_and_says_how_to_use_the_model(run: Run, tmp_pat
         "answers 3/3",
         "joint 3/3",
     ]
-    assert "patches " in err and "answers 0.0% right" in err and "loss " in err
+    assert "visual tokens " in err and "answers 0.0% right" in err and "loss " in err
     rows = [line.split() for line in out.splitlines() if "%" in line]
     assert rows[0][0] == "overall" and all(len(row) == 4 for row in rows) and len(rows) > 5
     assert "one frame" in out and "blind" in out and "4 clips" in out
@@ -197,8 +198,20 @@ def test_pace_counts_from_where_this_run_began() -> None:
 
 def test_facts_name_what_is_right() -> None:
     assert fact_line({}) == ""
-    assert fact_line({"loss": 1.23456, "kind": 0.5}) == "loss 1.235, patches 50.0% right"
+    assert fact_line({"loss": 1.23456, "kind": 0.5}) == "loss 1.235, visual tokens 50.0% right"
     assert fact_line({"loss": 2.0, "right": 0.25}) == "loss 2.000, answers 25.0% right"
+
+
+def test_a_folder_called_embedded_is_not_the_model_that_ships(
+    run: Run, embedded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = Path("embedded")
+    code, out, _ = run(folder, "--seed", 1)
+    assert code == 0 and f"--model .{os.sep}embedded" in out and "--model embedded" not in out
+    given = [loading.load_model(name)[0] for name in (folder, f".{os.sep}embedded", "embedded")]
+    mine, named, shipped = (model.lm_head.weight for model in given)
+    assert torch.equal(mine, named) and not torch.equal(mine, shipped)
 
 
 # -- ask ------------------------------------------------------------------------------------------

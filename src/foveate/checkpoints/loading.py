@@ -66,7 +66,8 @@ def load_model(
     """Load an image-text-to-text checkpoint of a known family, and its processor.
 
     Args:
-        name: folder, hub id, or "embedded" for the model that ships with the package.
+        name: folder, hub id, or "embedded" for the model that ships with the package; a folder of
+            that name is given as "./embedded" or as a `Path`.
         device: where to put it.
         dtype: of its weights; None: float32 on CPU, bfloat16 elsewhere.
 
@@ -75,7 +76,7 @@ def load_model(
     """
     from transformers import AutoModelForImageTextToText
 
-    if str(name) == EMBEDDED:
+    if name == EMBEDDED:  # a path of this name is a folder
         name = embedded_folder()
     if dtype is None:
         dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16

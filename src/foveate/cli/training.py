@@ -115,9 +115,14 @@ def _workers(device: str) -> int:
 
 
 def _uses(folder: Path) -> tuple[str, ...]:
+    from foveate.checkpoints import EMBEDDED
+
+    # The name alone would mean the model that ships with the package.
+    name = f".{os.sep}{folder}" if str(folder) == EMBEDDED else str(folder)
+    name = f'"{name}"' if " " in name else name
     return (
-        f'foveate ask clip.mp4 "what color is the star?" --model {folder}',
-        f"foveate bench --model {folder} --recipes holitom,divprune",
+        f'foveate ask clip.mp4 "what color is the star?" --model {name}',
+        f"foveate bench --model {name} --recipes holitom,divprune",
     )
 
 
@@ -166,12 +171,12 @@ def _clock(seconds: float) -> str:
 
 
 def fact_line(facts: dict[str, float]) -> str:
-    """Loss, and the share of answers (of patches in the first stage) that is right."""
+    """Loss, and the share of answers (of visual tokens in the first stage) that is right."""
     parts = [f"loss {facts['loss']:.3f}"] if "loss" in facts else []
     if "right" in facts:
         parts.append(f"answers {facts['right']:.1%} right")
     elif "kind" in facts:
-        parts.append(f"patches {facts['kind']:.1%} right")
+        parts.append(f"visual tokens {facts['kind']:.1%} right")
     return ", ".join(parts)
 
 
