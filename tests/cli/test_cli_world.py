@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from PIL import Image
 
 from foveate.cli import main
 from foveate.world import World
+from foveate.world.backgrounds import natural_pictures
 
 pytest.importorskip("typer")
 
@@ -68,6 +70,17 @@ def test_bad_options_are_one_line(
 ) -> None:
     code, out, err = run(capsys, tmp_path / "out", *arguments)
     assert code == 2 and not out and message in err and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_pictures_that_are_missing_are_named_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
+    natural_pictures.cache_clear()
+    options = ("--natural", 0.5, "--format", "png", "--size", 16)
+    code, out, err = run(capsys, tmp_path / "out", *options)
+    assert code == 2 and not out and "pip install" in err and err.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 

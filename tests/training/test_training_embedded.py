@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from foveate.training import embedded as module
 from foveate.training.data import AnswerBatches
 from foveate.training.dense import DenseHeads, dense_labels
 from foveate.training.packing import frame_tokens
+from foveate.world.backgrounds import natural_pictures
 from foveate.world.vocabulary import TASKS
 
 
@@ -231,6 +233,16 @@ def test_resuming_an_empty_folder_begins(tmp_path: Path) -> None:
     with pytest.raises(Killed):
         training(tmp_path, resume=True).run(kill_at("tower", 6))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tower.pt", "training.json"]
+
+
+def test_pictures_that_are_missing_are_named_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
+    natural_pictures.cache_clear()
+    with pytest.raises(foveate.FoveateError, match="pip install"):
+        training(tmp_path / "model", replace(SHORT, natural=0.3), workers=1).run()
+    assert not (tmp_path / "model").exists()
 
 
 @pytest.mark.parametrize("wrong", [{"workers": -1}, {"clips": 0}, {"every": 0}])

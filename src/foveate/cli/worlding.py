@@ -45,6 +45,7 @@ def world_command(
 ) -> None:
     """Write generated clips with exact questions and ground truth."""
     from foveate.world import World
+    from foveate.world.backgrounds import natural_pictures
     from foveate.world.export import export
 
     world = World(
@@ -56,6 +57,8 @@ def world_command(
         natural=natural,
         fps=fps,
     )
+    if natural:
+        natural_pictures()  # Says what to install before anything is written.
     with progress(not as_json) as tell:
         done = export(
             (world.sample(index) for index in range(first, first + clips)),

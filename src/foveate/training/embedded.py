@@ -29,6 +29,7 @@ from foveate.training.loop import Run, Tell, make_optimisers
 from foveate.training.model import build_model, save_pretrained
 from foveate.training.packing import frame_tokens, join_frames, packed_hidden
 from foveate.training.sizes import Size
+from foveate.world.backgrounds import natural_pictures
 
 #: The stages in order, as attributes of a size.
 STAGES = ("tower", "answers", "joint")
@@ -95,7 +96,10 @@ class EmbeddedTraining:
                 or something else.
             ValueError: `resume` with other settings than those the folder was begun with.
             TrainingError: the loss or a gradient is not finite.
+            MissingDependencyError: the size needs natural pictures, and `foveate[demo]` is missing.
         """
+        if self.size.natural:
+            natural_pictures()  # Says what to install before anything is written.
         self._claim()
         model: Any = build_model(self.size, self.seed)
         model.to(self.device)

@@ -167,7 +167,7 @@ def _draw_sprite(
 
 @lru_cache(maxsize=4)
 def _noise_tile(levels: int) -> np.ndarray:
-    """A large tile of noise in 0..levels: uint8 [1 << 16 + 1 << 12]; drawn once."""
+    """A large tile of noise in 0..levels: uint8 [1 << 18]; drawn once."""
     noise = Draw("sensor noise").noise(1 << 18).astype(np.uint16)
     return (noise * (levels + 1) >> 8).astype(np.uint8)
 
