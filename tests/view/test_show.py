@@ -15,6 +15,7 @@ from foveate.errors import (
     UnknownModelError,
     VideoNotFoundError,
 )
+from foveate.methods.hiprune import hierarchical_choice
 from foveate.video import Clip, FrameTransform
 from foveate.view import Encoder, load_encoder, show_video
 from foveate.view.costs import stages_not_run
@@ -77,6 +78,38 @@ def test_holitom_gets_the_pooled_features_and_received_attention_of_the_encoder(
     assert report.items[0].annotations["segments"] == context.state["segments"]
     assert ("holitom", "decoder") in stages_not_run(Recipe.of("holitom"))
     assert "holitom at the decoder: not run, needs a language model" in report.notes
+
+
+@pytest.mark.parametrize("pool", [True, False])
+def test_methods_that_read_blocks_get_those_of_all_batches(pool: bool) -> None:
+    # Objects from block 2 of 4, registers from the last: by hand from the eager weights.
+    model, source = tiny_encoder("dinov2", attn="eager"), clip()
+    run = {"encoder": encoder(), "frames": 6, "batch": 4, "pool": pool}
+    report = show_video(source, "hiprune(alpha=0.6)", retain=0.4, **run)
+    with torch.no_grad():
+        x_TCHW = encoder().transform(source.sample(6).pixels)
+        weights = model(pixel_values=x_TCHW, output_attentions=True).attentions
+    maps = [weights[block].mean((1, 2))[:, 1:] for block in (1, 3)]
+    if pool:
+        maps = [_pooled(map_TP[..., None], 6, 6)[..., 0] for map_TP in maps]
+    side = 3 if pool else 6
+    keep = round(0.4 * side**2)
+    kept_TK = hierarchical_choice(*maps, side, keep, alpha=0.6)
+    expected_TK = kept_TK + side**2 * torch.arange(6)[:, None]
+    got = report.items[0].reduction
+    assert got is not None
+    assert got.anchor_BM[0].tolist() == expected_TK.flatten().tolist()
+    assert set(report.items[0].annotations) == {"object_attention", "deep_attention"}
+
+
+def test_blocks_of_a_shortened_encoder_are_joined_too() -> None:
+    recipe = "tome(retain=0.6)@encoder + fopru(retain=0.5)"
+    reports = [
+        show_video(clip(), recipe, encoder=encoder(), frames=6, batch=batch) for batch in (6, 4)
+    ]
+    whole, parts = (report.items[0].reduction for report in reports)
+    assert whole is not None and parts is not None
+    assert whole.anchor_BM.equal(parts.anchor_BM)
 
 
 def test_pooling_is_that_of_llava_onevision() -> None:

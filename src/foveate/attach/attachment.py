@@ -6,7 +6,6 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Samples
-from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -18,7 +17,7 @@ from foveate.attach.language import LanguageSettings, LanguageStage
 from foveate.attach.masks import refuse_unmasked
 from foveate.attach.reporting import CostModel, describe_budget, note_encoder
 from foveate.attach.single import OfOneModel
-from foveate.attach.tower_tap import ENCODER_SIGNALS, BlockReads
+from foveate.attach.tower_tap import BlockReads, block_reads
 from foveate.core import SIGNALS, Budget, Method, Recipe, Reduction, Report
 from foveate.errors import AttachmentError, MissingSignalError
 from foveate.models.adapter import Adapter
@@ -345,25 +344,8 @@ class Attachment(OfOneModel):
         return chosen
 
     def _block_reads(self, tower: VisionTower, signals: set[str]) -> dict[int, BlockReads]:
-        """What projector-stage methods read of an encoder, by block.
-
-        Raises:
-            AttachmentError: a method reads a block that does not exist.
-        """
-        names = tuple(name for name in ENCODER_SIGNALS if name in signals)
-        reads = {tower.feature_block: BlockReads(names)} if names else {}
-        depth = len(tower.blocks)
-        for index in self.recipe.at("projector"):
-            method = self.recipe.steps[index].method
-            for layer in method.encoder_layers(depth, tower.feature_block):
-                if not 0 <= layer < depth:
-                    raise AttachmentError(
-                        f"{method.name} reads encoder block {layer}; this encoder has {depth}."
-                    )
-                known = reads.get(layer, BlockReads())
-                values = known.values or method.reads_values
-                reads[layer] = replace(known, keep=True, values=values)
-        return reads
+        methods = [self.recipe.steps[index].method for index in self.recipe.at("projector")]
+        return block_reads(tower, methods, signals)
 
     def _note_encoder_run(self, run: EncoderRun) -> None:
         self._encoder_reduction = run.reduction

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Protocol
@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from foveate.attach.single import OfOneModel
-from foveate.core import EncoderAttentionView, Reduction
+from foveate.core import EncoderAttentionView, Method, Reduction
+from foveate.errors import AttachmentError
 from foveate.models.tower import VisionTower
 
 CLS, RECEIVED = "encoder.cls_attention", "encoder.received_attention"
@@ -48,6 +49,34 @@ class BlockReads:
     signals: tuple[str, ...] = ()
     keep: bool = False
     values: bool = False
+
+
+def block_reads(
+    tower: VisionTower, methods: Iterable[Method], signals: Iterable[str]
+) -> dict[int, BlockReads]:
+    """What projector-stage methods read of an encoder, by block.
+
+    Args:
+        tower: the encoder.
+        methods: the methods, for the blocks that they declare.
+        signals: names of signals; those of the encoder are read from its feature block.
+
+    Raises:
+        AttachmentError: a method reads a block that does not exist.
+    """
+    names = tuple(name for name in ENCODER_SIGNALS if name in set(signals))
+    reads = {tower.feature_block: BlockReads(names)} if names else {}
+    depth = len(tower.blocks)
+    for method in methods:
+        for layer in method.encoder_layers(depth, tower.feature_block):
+            if not 0 <= layer < depth:
+                raise AttachmentError(
+                    f"{method.name} reads encoder block {layer}; this encoder has {depth}."
+                )
+            known = reads.get(layer, BlockReads())
+            values = known.values or method.reads_values
+            reads[layer] = replace(known, keep=True, values=values)
+    return reads
 
 
 class TowerTap(OfOneModel):

@@ -10,7 +10,7 @@ shortened it), R queries, d head channels, C channels of a map.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Any, Literal, get_args
@@ -229,6 +229,31 @@ class EncoderAttentionView:
                 "values; set the class attribute reads_values = True."
             )
         return self.v_IHMd
+
+    @classmethod
+    def join(cls, views: Sequence[EncoderAttentionView]) -> EncoderAttentionView:
+        """The images of several calls of one encoder as one view."""
+        first = views[0]
+        if len(views) == 1:
+            return first
+
+        def join(parts: list[Any]) -> Any:
+            return torch.cat(parts) if isinstance(parts[0], torch.Tensor) else parts[0]
+
+        reduction = first.reduction
+        if reduction is not None:
+            reduction = type(reduction)(
+                *(join([getattr(v.reduction, f.name) for v in views]) for f in fields(reduction))
+            )
+        return replace(
+            first,
+            q_IHMd=join([view.q_IHMd for view in views]),
+            k_IHMd=join([view.k_IHMd for view in views]),
+            v_IHMd=join([view.v_IHMd for view in views]),
+            size_IM=join([view.size_IM for view in views]),
+            planes=tuple(plane for view in views for plane in view.planes),
+            reduction=reduction,
+        )
 
     def images(self, start: int, stop: int) -> EncoderAttentionView:
         """The images `start` to `stop` (excluded) alone."""

@@ -5,6 +5,7 @@ Legend: T frames, P patches of a frame, N = P + prefix tokens, C channels, H, W 
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 from collections.abc import Iterable, Sequence
@@ -16,9 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from foveate.attach.encoder import EncoderRun, EncoderStage
-from foveate.attach.tower_tap import CLS, RECEIVED, TowerTap, attention_view, signal_map
+from foveate.attach.tower_tap import (
+    CLS,
+    RECEIVED,
+    TowerTap,
+    attention_view,
+    block_reads,
+    signal_map,
+)
 from foveate.checkpoints.sources import check_checkpoint
-from foveate.core import Budget, Method
+from foveate.core import Budget, EncoderAttentionView, Method
 from foveate.errors import FoveateError, UnknownModelError
 from foveate.models import adapter_for
 from foveate.models.default_encoder import default_encoder, default_encoder_path
@@ -175,12 +183,14 @@ class Encoded:
         shape: (rows, columns) of a frame's patches.
         scores: signal name -> float32 [T, P].
         runs: what encoder-stage methods did, one entry per batch.
+        views: block -> its attention, of the blocks that a method reads.
     """
 
     x_TPC: Tensor
     shape: tuple[int, int]
     scores: dict[str, Tensor] = field(default_factory=dict)
     runs: list[EncoderRun] = field(default_factory=list)
+    views: dict[int, EncoderAttentionView] = field(default_factory=dict)
 
 
 class EncoderPass:
@@ -191,6 +201,7 @@ class EncoderPass:
         signals: names of the encoder signals wanted; those it does not have are left out.
         steps: encoder-stage methods, (number, method).
         budgets: budget of every step of the recipe, by number.
+        readers: projector-stage methods, for the encoder blocks that they read.
     """
 
     def __init__(
@@ -199,13 +210,15 @@ class EncoderPass:
         signals: Iterable[str] = (),
         steps: Sequence[tuple[int, Method]] = (),
         budgets: Sequence[Budget] = (),
+        readers: Sequence[Method] = (),
     ) -> None:
         self.encoder = encoder
         self.tower = encoder.tower
         offered = {RECEIVED, *([CLS] if self.tower.has_cls else [])}
-        self.signals = [name for name in sorted(signals) if name in offered]
+        self.reads = block_reads(self.tower, readers, offered & set(signals))
         self.parts: list[Encoded] = []
         self._scores: dict[str, Tensor] = {}
+        self._views: dict[int, list[EncoderAttentionView]] = {}
         self._runs: list[EncoderRun] = []
         self._handles: list[Any] = []
         self._stage: EncoderStage | None = None
@@ -219,9 +232,9 @@ class EncoderPass:
         try:
             if self._stage is not None:
                 self._stage.install(self._handles)
-            if self.signals:
-                tap = TowerTap(self.tower, self.tower.feature_block, self._observe)
-                self._handles += tap.handles
+            for block, reads in self.reads.items():
+                observe = functools.partial(self._observe, block)
+                self._handles += TowerTap(self.tower, block, observe, reads.values).handles
         except BaseException:
             self.__exit__()
             raise
@@ -258,10 +271,13 @@ class EncoderPass:
             self.parts[0].shape,
             {name: torch.cat([part.scores[name] for part in self.parts]) for name in names},
             self._runs,
+            {block: EncoderAttentionView.join(views) for block, views in self._views.items()},
         )
 
-    def _observe(self, captured: dict[str, Tensor], kwargs: dict[str, Any]) -> None:
-        block = self.tower.feature_block
+    def _observe(self, block: int, captured: dict[str, Tensor], kwargs: dict[str, Any]) -> None:
+        reads = self.reads[block]
         with torch.no_grad():
-            view = attention_view(self.tower, block, captured, kwargs, self._stage)
-            self._scores.update({name: signal_map(view, name) for name in self.signals})
+            view = attention_view(self.tower, block, captured, kwargs, self._stage, reads.values)
+            self._scores.update({name: signal_map(view, name) for name in reads.signals})
+        if reads.keep:
+            self._views.setdefault(block, []).append(view)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from foveate.attach.prompt import PromptReducer
 from foveate.attach.reporting import describe_budget
 from foveate.attach.sequence import VisualItem
+from foveate.attach.tower_tap import ItemEncoder
 from foveate.core import (
     Budget,
     Grid,
@@ -109,7 +111,8 @@ def show_video(
     modality: Modality = "image" if len(clip) == 1 else "video"
     report = Report(_describe(encoder), str(made), describe_budget(budget))
     steps = [(i, made.steps[i].method) for i in made.at("encoder")]
-    running = EncoderPass(encoder, _signals(made), steps, budgets)
+    readers = [made.steps[i].method for i in made.at("projector")]
+    running = EncoderPass(encoder, _signals(made), steps, budgets, readers)
     shown, seconds = _run(clip, min(frames, len(clip)), running, batch, report, tell)
     if frames > len(clip) and modality == "video":
         report.notes.append(f"the clip has {len(clip)} frames, fewer than the {frames} asked for")
@@ -194,9 +197,16 @@ def _reduce(
     x_TPC, (rows, columns), scores = encoded.x_TPC, encoded.shape, encoded.scores
     if not at_projector:
         return _encoder_item(encoded, modality, encoder.tower.num_prefix)
-    if modality == "video" if pool is None else pool:
+    pooling = modality == "video" if pool is None else pool
+    shape = (rows, columns)
+
+    def to_tokens(map_TP: Tensor) -> Tensor:
+        """A map of the encoder's patches as the item's tokens have it, [1, N]."""
+        map_TP1 = map_TP.float()[..., None]
+        return (_pooled(map_TP1, *shape) if pooling else map_TP1).reshape(1, -1)
+
+    if pooling:
         x_TPC = _pooled(x_TPC, rows, columns)
-        scores = {n: _pooled(s[..., None], rows, columns)[..., 0] for n, s in scores.items()}
         before = f"{rows} x {columns}"
         rows, columns = -(-rows // 2), -(-columns // 2)
         report.notes.append(
@@ -205,7 +215,13 @@ def _reduce(
     grid = Grid((Plane(rows, columns),) * len(x_TPC), modality)
     item = ItemReport(0, modality, grid)
     order_N = torch.arange(grid.num_tokens)
-    signals = {name: score_TP.flatten().float() for name, score_TP in scores.items()}
+    signals = {name: to_tokens(score_TP)[0] for name, score_TP in scores.items()}
+    views = {
+        block: replace(view, planes=tuple(range(len(x_TPC))), token_map=to_tokens)
+        for block, view in encoded.views.items()
+    }
+    tower = encoder.tower
+    seen = ItemEncoder(len(tower.blocks), tower.feature_block, views.get)
     reducer = PromptReducer(
         steps=[(i, recipe.steps[i].method) for i in at_projector],
         budget=lambda step, sample: budgets[step],
@@ -214,9 +230,9 @@ def _reduce(
         report=report,
         text_ids=None,
     )
-    visual = VisualItem(0, modality, grid, order_N, signals, item)
+    visual = VisualItem(0, modality, grid, order_N, signals, item, encoder=seen)
     x_1ND = x_TPC.flatten(0, 1)[None]
-    reduction = reducer.reduce_item(visual, 0, x_1ND, lambda name: None).reduction
+    reduction = reducer.reduce_item([visual], 0, x_1ND, lambda name: None).reduction
     item.reduction = None if reduction is None else reduction.to("cpu")
     names = " + ".join(recipe.steps[i].method.name for i in at_projector)
     report.stages.append(StageReport("projector", names, (item.before,), (item.after,)))
