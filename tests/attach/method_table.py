@@ -53,6 +53,7 @@ METHOD_TABLE: dict[str, Row] = {
         merges=True,
         reads_text=True,
     ),
+    "catp": Row("catp", ("projector", "decoder"), exact=False, reads_text=True),
     "divprune": Row("divprune", ("projector",)),
     "dycoke": Row("dycoke", ("projector", "cache"), on_images=False, reads_text=True),
     "evs": Row("evs", ("projector",), families=WITH_VIDEOS, on_images=False),
@@ -76,6 +77,8 @@ METHOD_TABLE: dict[str, Row] = {
     "pyramiddrop": Row("pyramiddrop", ("decoder",), reads_text=True),
     "quickvideo": Row("quickvideo(group_frames=2)", ("cache",)),
     "random": Row("random", ("projector",), exact=False),
+    # Random models look at their images to the end: an impossible threshold lets the tokens go.
+    "todre": Row("todre(tau=1.1)", ("projector", "decoder"), exact=False),
     "tome": Row(
         "tome",
         ("encoder",),

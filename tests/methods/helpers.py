@@ -65,6 +65,7 @@ def context_for(
     signals = {
         "encoder.cls_attention": scores_N[None],
         "encoder.received_attention": scores_N[None],
+        "text.segment": torch.randn(1, 5, 16, generator=torch.Generator().manual_seed(seed + 3)),
     }
     view = encoder_view(grid, seed)
     return ProjectorContext(

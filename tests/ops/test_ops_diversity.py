@@ -1,4 +1,4 @@
-"""Max-min diversity and k-centre."""
+"""Max-min and max-sum diversity, and k-centre."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from foveate.ops import cosine_similarity_matrix, diversity, k_centre, max_min_diversity
+from foveate.ops import (
+    cosine_similarity_matrix,
+    diversity,
+    k_centre,
+    max_min_diversity,
+    max_sum_diversity,
+)
 
 
 def random(*shape, seed=0) -> Tensor:
@@ -172,3 +178,39 @@ def test_edges():
         max_min_diversity(x, 3, mask=torch.tensor([True, True, False, False, False]))
     with pytest.raises(ValueError, match=r"\[N, D\]"):
         max_min_diversity(x[0], 1)
+
+
+def naive_max_sum(x: Tensor, k: int, first: int) -> list[int]:
+    unit = x.double() / x.double().norm(dim=-1, keepdim=True)
+    total, order = unit @ unit[first], [first]
+    total[first] = torch.inf
+    while len(order) < k:
+        order.append(int(total.argmin()))
+        total = total + unit @ unit[order[-1]]
+        total[order[-1]] = torch.inf
+    return order
+
+
+@given(n=st.integers(1, 20), first=st.integers(0, 19), seed=st.integers(0, 99))
+def test_max_sum_is_the_naive_loop(n, first, seed):
+    x, first = random(n, 6, seed=seed).double(), first % n
+    order = max_sum_diversity(x, n, first=first).tolist()
+    assert order == naive_max_sum(x, n, first) and sorted(order) == list(range(n))
+    assert max_sum_diversity(x, n // 2, first=first).tolist() == order[: n // 2]
+
+
+def test_max_sum_in_batches_with_masks_and_ties():
+    x = random(3, 20, 8)
+    start = torch.tensor([3, 0, 19])
+    order = max_sum_diversity(x, 6, first=start)
+    assert [row.tolist() for row in order] == [
+        max_sum_diversity(x[b], 6, first=int(start[b])).tolist() for b in range(3)
+    ]
+    mask = torch.ones(20, dtype=torch.bool)
+    mask[5:12] = False
+    kept = mask.nonzero()[:, 0]
+    found = max_sum_diversity(x[0], 13, first=3, mask=mask)
+    assert found.tolist() == kept[max_sum_diversity(x[0, kept], 13, first=3)].tolist()
+    assert max_sum_diversity(torch.ones(5, 4), 5, first=2).tolist() == [2, 0, 1, 3, 4]
+    with pytest.raises(ValueError, match="first"):
+        max_sum_diversity(x, 2, first=20)

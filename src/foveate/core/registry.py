@@ -19,6 +19,7 @@ ENTRY_POINT_GROUP = "foveate.methods"
 
 _BUILTIN: dict[str, str] = {
     "aim": "foveate.methods.aim:AIM",
+    "catp": "foveate.methods.catp:CATP",
     "divprune": "foveate.methods.divprune:DivPrune",
     "dycoke": "foveate.methods.dycoke:DyCoke",
     "evs": "foveate.methods.evs:EVS",
@@ -33,6 +34,7 @@ _BUILTIN: dict[str, str] = {
     "pyramiddrop": "foveate.methods.pyramiddrop:PyramidDrop",
     "quickvideo": "foveate.methods.quickvideo:QuickVideo",
     "random": "foveate.methods.random:Random",
+    "todre": "foveate.methods.todre:ToDRE",
     "tome": "foveate.methods.tome:ToMe",
     "transprune": "foveate.methods.transprune:TransPrune",
     "ts_llava": "foveate.methods.ts_llava:TSLLaVA",

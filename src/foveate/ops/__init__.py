@@ -12,6 +12,8 @@ from foveate.ops.allocate import (
     split_evenly,
 )
 from foveate.ops.cluster import dpc_knn, k_centre, k_medoids, kmeans
+from foveate.ops.coverage import facility_location
+from foveate.ops.diversity import max_sum_diversity
 from foveate.ops.merge import (
     Matching,
     bipartite_matching,
@@ -61,6 +63,7 @@ __all__ = [
     "cosine_similarity_matrix",
     "dpc_knn",
     "earlier_layers",
+    "facility_location",
     "gather_tokens",
     "halving_weights",
     "k_centre",
@@ -69,6 +72,7 @@ __all__ = [
     "linear_decay_schedule",
     "masked_softmax",
     "max_min_diversity",
+    "max_sum_diversity",
     "mean_share",
     "merge_matched",
     "most_similar",
