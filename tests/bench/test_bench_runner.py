@@ -203,14 +203,35 @@ def test_without_repeats_there_are_no_times(bench: Callable[..., BenchResult]) -
     assert figures["peak_memory"] > 0
 
 
-def test_options_are_offered_with_letters_where_the_suite_says_so(loaded: tuple[Any, Any]) -> None:
+def test_options_are_offered_with_letters_where_the_suite_says_so(checkpoint: Path) -> None:
+    model, processor = load_model(checkpoint)
     item = Item("1", "c", clip(0), "what is in the video", ("bike", "house"), "bike", "what")
-    lengths = [
-        Prompts(*loaded, Suite("s", [item], lettered=lettered), 6).prompts[0].length
-        for lettered in (False, True)
-    ]
+
+    def length(lettered: bool) -> int:
+        made = Prompts(model, processor, Suite("s", [item], lettered=lettered), 6)
+        return made.prompts[0].length * (1 if made.lettered else -1)
+
     words = "A. bike B. house Answer with the option's letter from the given choices directly."
-    assert lengths[1] - lengths[0] == len(words.split())
+    # Its tokenizer does not know the words yet, so the question is asked as it is.
+    assert length(True) == length(False) < 0
+    processor.tokenizer.add_tokens([word for word in words.split() if word not in item.options])
+    assert length(True) + length(False) == len(words.split())
+
+
+def test_replies_have_room_for_the_longest_answer_and_a_lead_in(
+    bench: Callable[..., BenchResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate, limits = Generator.generate, set()
+
+    def limited(self: Generator, inputs: Any, tokens: int, **options: Any) -> Any:
+        limits.add(tokens)
+        return generate(self, inputs, tokens, **options)
+
+    monkeypatch.setattr(Generator, "generate", limited)
+    asked = [*items(1), Item("long", "clip0", clip(0), "what", (), "a red bike", "odd")]
+    result = bench(suite=Suite("mine", asked), max_new_tokens=None)
+    # One more for the FLOPs of the encoder and for memory; the words of the tokenizer are tokens.
+    assert limits == {3 + 8, 1} and result.run["max_new_tokens"] == 11
 
 
 def test_each_clip_is_read_once_while_it_fits(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate.bench.matching import offer
+from foveate.bench.matching import offer, reads_letters
 from foveate.bench.model import language_adapter
 from foveate.bench.suite import Item, Suite
 from foveate.checkpoints import open_clip, prepare, sample_frames
@@ -63,6 +63,8 @@ class Prompts:
 
     Attributes:
         suite: where the questions come from.
+        lettered: whether options are offered with letters: where the suite wants it and the
+            tokenizer knows the words.
         prompts: the questions, those of one clip next to each other.
         damaged: what was lost of clips that decode in part, one line each.
 
@@ -84,7 +86,8 @@ class Prompts:
         self.processor, self.frames, self.cache_bytes = processor, frames, cache_bytes
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
-        self.suite, self.lettered = suite, suite.lettered
+        self.suite = suite
+        self.lettered = suite.lettered and reads_letters(processor.tokenizer)
         self.placeholders = list(language_adapter(model).placeholder_ids(model).values())
         self.pad = _pad_token(processor.tokenizer)
         self.prompts: list[Prompt] = []
@@ -151,8 +154,15 @@ class Prompts:
         taken = sample_frames(open_clip(item.video), self.frames)
         return self._split(taken, item)[1]
 
+    @property
+    def longest_answer(self) -> int:
+        """Tokens of the longest option or answer."""
+        texts = {text for p in self.prompts for text in (p.item.answer, *p.item.options)}
+        encode = self.processor.tokenizer.encode
+        return max(len(encode(text, add_special_tokens=False)) for text in texts)
+
     def batches(self, size: int) -> list[list[Prompt]]:
-        """Prompts in batches of at most `size`, equal shapes and near lengths together."""
+        """Prompts in batches of at most `size`, equal shapes together, in the order of clips."""
         groups: dict[Any, list[Prompt]] = {}
         for prompt in self.prompts:
             groups.setdefault(prompt.visual_shapes, []).append(prompt)

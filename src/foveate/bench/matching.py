@@ -17,6 +17,7 @@ import re
 import string
 import unicodedata
 from collections.abc import Sequence
+from typing import Any
 
 LETTERS = string.ascii_uppercase
 _ARTICLES = frozenset({"a", "an", "the"})
@@ -127,6 +128,22 @@ def offer(question: str, options: Sequence[str]) -> str:
     lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)]
     hint = "Answer with the option's letter from the given choices directly."
     return "\n".join([question, *lines, hint])
+
+
+def reads_letters(tokenizer: Any) -> bool:
+    """Whether a tokenizer knows all words that options are offered with.
+
+    That of a small model may not, and such a model could make nothing of the offer.
+
+    Args:
+        tokenizer: of transformers.
+
+    Example:
+        >>> from foveate.world.tokenizer import make_tokenizer
+        >>> reads_letters(make_tokenizer())
+        False
+    """
+    return tokenizer.unk_token_id not in tokenizer(offer("", ("", ""))).input_ids
 
 
 def without_letters(options: Sequence[str]) -> list[str]:

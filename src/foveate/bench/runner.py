@@ -34,6 +34,8 @@ from foveate.core.hardware import hardware
 
 #: Questions that are timed, each about another clip.
 TIMED = 2
+#: Tokens that a reply may have beyond the longest answer.
+LEAD_IN = 8
 #: Called with what is being done, steps done and steps in all.
 Progress = Callable[[str, int, int], None]
 
@@ -49,7 +51,7 @@ def run_bench(
     model_name: str | None = None,
     frames: int = 16,
     batch: int = 8,
-    max_new_tokens: int = 16,
+    max_new_tokens: int | None = None,
     repeats: int = 5,
     seed: int = 0,
     device: str | torch.device = "cpu",
@@ -77,7 +79,8 @@ def run_bench(
         model_name: how the results call it; None: the given name, or the class.
         frames: frames taken evenly from every clip, at most all.
         batch: questions answered together; halved where a GPU's memory is too small.
-        max_new_tokens: longest answer, in tokens.
+        max_new_tokens: longest reply, in tokens; None: the longest option or answer of the suite
+            and room for a lead-in such as "The answer is".
         repeats: turns of the time measurement; 0 leaves time out.
         seed: for methods that draw at random.
         device, dtype: of a model given by name; as in `foveate.checkpoints.load_model`.
@@ -102,7 +105,7 @@ def run_bench(
         >>> print(result)                                                   # doctest: +SKIP
     """
     for name, value in (("frames", frames), ("batch", batch), ("max_new_tokens", max_new_tokens)):
-        if value < 1:
+        if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}.")
     cells = plan_cells(recipes, retain, baselines)
     folder = RunFolder(out)
@@ -124,6 +127,7 @@ def run_bench(
         cache_bytes=cache_bytes,
         progress=lambda clips, items: progress(f"read the clips ({clips})", 0, 1),
     )
+    max_new_tokens = max_new_tokens or prompts.longest_answer + LEAD_IN
     settings = {"frames": frames, "seed": seed, "max_new_tokens": max_new_tokens}
     run = {**_identity(loaded, name, prompts), **settings, "batch": batch}
     with folder:
@@ -281,6 +285,7 @@ def _identity(model: nn.Module, name: str, prompts: Prompts) -> dict[str, Any]:
         "items": len(prompts.prompts),
         "clips": len({prompt.item.clip_id for prompt in prompts.prompts}),
         "questions": _digest(prompts),
+        "lettered": prompts.lettered,
         "tasks": tasks,
         "skipped": list(suite.errors),
         "damaged": list(prompts.damaged),

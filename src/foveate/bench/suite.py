@@ -45,7 +45,8 @@ class Suite:
         items: the questions, or a function that makes them anew.
         args: what the suite was made with, plain data; part of a run's identity.
         errors: what could not be used, one line each. A run adds videos that do not decode.
-        lettered: offer options with letters; otherwise the question is asked as it is.
+        lettered: offer options with letters, to models that know the words of the offer; otherwise
+            the question is asked as it is.
 
     Example:
         >>> frames = np.zeros((4, 32, 32, 3), dtype=np.uint8)
