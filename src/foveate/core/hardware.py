@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from foveate._wording import plural
+
 
 def hardware(device: str | torch.device) -> str:
     """The GPU's name, or the processor's with the threads that torch uses.
@@ -23,4 +25,4 @@ def hardware(device: str | torch.device) -> str:
     if cpuinfo.exists():
         lines = cpuinfo.read_text(encoding="utf-8").splitlines()
         name = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), name)
-    return f"{torch.get_num_threads()} threads of {name}"
+    return f"{plural(torch.get_num_threads(), 'thread')} of {name}"
