@@ -12,6 +12,7 @@ from torch import nn
 from foveate.attach import Attachment, reduce
 from foveate.bench.inputs import Prompt, Prompts
 from foveate.bench.model import language_adapter
+from foveate.bench.sharing import SharedEncoder
 from foveate.core import Report
 from foveate.core.flops import prefill_flops
 from foveate.errors import FoveateError
@@ -34,6 +35,7 @@ class Generator:
         self.model: Any = model
         self.prompts = prompts
         self.max_new_tokens = max_new_tokens
+        self.shared = SharedEncoder(model)
         ends = self.model.generation_config.eos_token_id
         self.ends = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
 
@@ -53,7 +55,8 @@ class Generator:
         """Replies to a batch; it is halved until it fits into the memory of a GPU."""
         inputs = self.prompts.collate(batch)
         try:
-            ids = self.generate(inputs, self.max_new_tokens)
+            with self.shared.over([prompt.item.clip_id for prompt in batch]):
+                ids = self.generate(inputs, self.max_new_tokens)
         except torch.cuda.OutOfMemoryError:
             if len(batch) == 1:
                 raise

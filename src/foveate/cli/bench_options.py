@@ -58,8 +58,14 @@ def bench_command(
         int, typer.Option("--repeats", help="Turns of the time measurement; 0: none.", min=0)
     ] = 5,
     max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", help="Longest answer, in tokens.", min=1)
-    ] = 16,
+        int | None,
+        typer.Option(
+            "--max-new-tokens",
+            help="Longest reply, in tokens; default: the longest option or answer and 8 more.",
+            min=1,
+            show_default=False,
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the world and of random draws.")] = 0,
     device: Device = "auto",
     dtype: Annotated[

@@ -43,7 +43,7 @@ class Benching:
     frames: int
     batch: int
     repeats: int
-    max_new_tokens: int
+    max_new_tokens: int | None
     seed: int
     device: str
     dtype: str
