@@ -235,12 +235,13 @@ def attention_calls(model, inputs, method) -> tuple[list[tuple[int, int]], Any]:
 
 
 def analytic_pairs(sizes, first, behind, method, left):
-    """Queries x keys of one layer: text, then every block on what it sees, then the question."""
+    """Queries x keys of one layer: what sees all, every block on what it sees, the question."""
     blocks = [
         sum(sizes[i : i + method.block_units]) for i in range(0, len(sizes), method.block_units)
     ]
-    pairs = first * first
-    for number, size in enumerate(blocks):
+    lead = method.previous_blocks + 1
+    pairs = (first + sum(blocks[:lead])) ** 2
+    for number, size in list(enumerate(blocks))[lead:]:
         near = sum(blocks[max(0, number - method.previous_blocks) : number])
         pairs += size * (first + near + size)
     return pairs + behind * (left + behind)
@@ -263,9 +264,9 @@ def test_work_done_is_the_work_counted(frames):
     expected = analytic_pairs(sizes, first, behind, method, first + visual)
     assert report.attention_pairs[0] == [expected] * 4
     assert sum(q * k for q, k in calls) == expected < report.prompt_lengths[0] ** 2
-    # No call holds more than a block's rows and what a block sees: this does not grow with L.
+    # No call holds more than the blocks that see each other: this does not grow with L.
     largest = max(sizes) * method.block_units
-    assert max(q * k for q, k in calls) <= largest * (first + 2 * largest)
+    assert max(q * k for q, k in calls) <= (first + 2 * largest) ** 2
     # The chunk that was named and those at the ends are whole.
     dense = [unit // 2 in (0, 1, frames // 2 - 1) for unit in range(frames)]
     assert visual == cache_length(sizes, dense, window=3)

@@ -27,7 +27,7 @@ class Group:
         rows_KC: columns of their contexts.
         block_C: block of every context token, -1 for text.
         previous: blocks before its own that a token sees.
-        runs: the context, cut where the block changes.
+        runs: the context, cut where what is seen changes.
     """
 
     samples: list[int]

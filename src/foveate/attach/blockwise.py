@@ -89,14 +89,15 @@ class _Memory:
     def __init__(self, past: tuple[torch.Tensor, torch.Tensor] | None) -> None:
         self.past = past
         self.parts: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self.seen: tuple[int, ...] = ()
+        self.run = BlockRun(0, 0, (), (), 0)
 
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keep the new run, give it with what it sees."""
-        self.parts.append((keys, values))
-        shown = [self.parts[run] for run in self.seen] + [(keys, values)]
+        shown = [*(self.parts[part] for part in self.run.seen), (keys, values)]
+        lengths = list(self.run.parts)
+        self.parts += zip(keys.split(lengths, dim=2), values.split(lengths, dim=2), strict=True)
         if self.past is not None:
             shown = [self.past, *shown]
         return _joined(shown)
@@ -218,10 +219,11 @@ class BlockwisePrefill:
             valid_KP = None if past.valid_BT is None else past.valid_BT[sample_K]
         runs = group.runs
         if self.call.mask_only:
-            runs = [BlockRun(0, group.rows_KC.shape[1], (), 0)]
+            length = group.rows_KC.shape[1]
+            runs = [BlockRun(0, length, (length,), (), 0)]
         memory, outputs = _Memory(before), []
         for run in runs:
-            memory.seen = run.seen
+            memory.run = run
             part = slice(run.start, run.stop)
             given = {
                 **kwargs,

@@ -4,7 +4,7 @@ Tokens either belong to a block, numbered in order, or to none (-1: text between
 everybody sees and which sees everything). A token of block i sees, of the tokens before it, those
 of the blocks i - previous to i and those that belong to none.
 
-Legend of shape suffixes: L tokens, R runs.
+Legend of shape suffixes: L tokens, R stretches of one block.
 """
 
 from __future__ import annotations
@@ -17,16 +17,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class BlockRun:
-    """Consecutive tokens of one block (or of none); among themselves they are plain causal.
+    """Consecutive tokens that are plain causal among themselves and see the same before.
 
     Attributes:
         start, stop: the tokens [start, stop).
-        seen: numbers of the earlier runs that they see, ascending.
-        num_past: tokens of those runs.
+        parts: lengths of the stretches of one block (or of none) that the run consists of.
+        seen: numbers of the earlier stretches that they see, counted over all runs, ascending.
+        num_past: tokens of those stretches.
     """
 
     start: int
     stop: int
+    parts: tuple[int, ...]
     seen: tuple[int, ...]
     num_past: int
 
@@ -66,7 +68,9 @@ def block_mask(block_L: Tensor, previous: int) -> Tensor:
 def block_runs(block_L: Tensor, previous: int) -> list[BlockRun]:
     """Cut a prompt into runs; run by run, attention equals that under `block_mask`.
 
-    O(L + R^2) for R runs; reads `block_L` back to the host once.
+    As long as all that came before is seen, one run goes on: causal kernels then need no mask.
+
+    O(L + R^2) for R stretches; reads `block_L` back to the host once.
 
     Args:
         block_L: block of every token, -1 for none, int64 [L].
@@ -78,7 +82,7 @@ def block_runs(block_L: Tensor, previous: int) -> list[BlockRun]:
     Example:
         >>> runs = block_runs(torch.tensor([-1, 0, 0, 1, 2, -1]), previous=1)
         >>> [(run.start, run.stop, run.num_past) for run in runs]
-        [(0, 1, 0), (1, 3, 1), (3, 4, 3), (4, 5, 2), (5, 6, 5)]
+        [(0, 4, 0), (4, 5, 2), (5, 6, 5)]
     """
     _check(block_L, previous)
     if block_L.shape[0] == 0:
@@ -90,11 +94,14 @@ def block_runs(block_L: Tensor, previous: int) -> list[BlockRun]:
     block_R, length_R = block_L[borders_R1[:-1]], borders_R1.diff()
     near_RR = _near(block_R, previous).tril(-1)
     num_past = (near_RR * length_R).sum(dim=1).tolist()
-    borders = borders_R1.tolist()
-    return [
-        BlockRun(borders[r], borders[r + 1], tuple(near_R.nonzero()[:, 0].tolist()), num_past[r])
-        for r, near_R in enumerate(near_RR)
-    ]
+    borders, lengths = borders_R1.tolist(), length_R.tolist()
+    sees_all_R = near_RR.sum(dim=1) == torch.arange(len(lengths))
+    lead = int(sees_all_R.cumprod(dim=0).sum())
+    runs = [BlockRun(0, borders[lead], tuple(lengths[:lead]), (), 0)]
+    for r in range(lead, len(lengths)):
+        seen = tuple(near_RR[r].nonzero()[:, 0].tolist())
+        runs.append(BlockRun(borders[r], borders[r + 1], (lengths[r],), seen, num_past[r]))
+    return runs
 
 
 def _near(block_L: Tensor, previous: int) -> Tensor:
