@@ -20,8 +20,10 @@ from foveate.core import (
     AttentionView,
     Budget,
     DecoderContext,
+    EncoderAttentionView,
     Grid,
     Method,
+    Plane,
     ProjectorContext,
     Reduction,
     Tokens,
@@ -29,6 +31,7 @@ from foveate.core import (
 from foveate.methods.divprune import DivPrune
 from foveate.methods.dycoke import DyCoke
 from foveate.methods.evs import EVS
+from foveate.methods.hiprune import HiPrune
 from foveate.methods.holitom import HoliTom
 from foveate.methods.lvlm_csp import LVLMCSP
 from foveate.methods.m3 import M3
@@ -40,6 +43,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from reference import divprune as plain_divprune
 from reference import dycoke as plain_dycoke
 from reference import evs as plain_evs
+from reference import hiprune as plain_hiprune
 from reference import holitom as plain_holitom
 from reference import lvlm_csp as plain_lvlm_csp
 from reference import m3 as plain_m3
@@ -175,6 +179,30 @@ def test_visionzip(benchmark, form: str, shape: tuple[int, int, int]) -> None:
     out_MD = benchmark(foveate if form == "foveate" else plain)
     if form == "foveate":
         torch.testing.assert_close(out_MD, plain(), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.benchmark(group="HiPrune with its attention maps, 5 tiles of 576, 16 heads")
+@pytest.mark.parametrize("form", ["foveate", "plain"])
+def test_hiprune(benchmark, form: str) -> None:
+    q, k = torch.randn(2, 2, 5, 16, 577, 64, generator=torch.Generator().manual_seed(0))
+    views = [EncoderAttentionView(*qk, num_prefix=1) for qk in zip(q, k, strict=True)]
+    grid = Grid((Plane(24, 24),) * 5)
+    tokens = Tokens.from_grid(torch.zeros(1, 2880, 1), grid)
+
+    def foveate() -> torch.Tensor:
+        context = ProjectorContext(
+            Budget(tokens=640), grid=grid, encoder_layers=(0, 1), read_encoder=views.__getitem__
+        )
+        reduction = HiPrune().projector(tokens, context)
+        assert reduction is not None
+        return reduction.anchor_BM[0].view(5, 128) % 576
+
+    def plain() -> torch.Tensor:
+        return plain_hiprune.select(q, k, 24, 128)
+
+    kept_TK = benchmark(foveate if form == "foveate" else plain)
+    if form == "foveate":
+        assert torch.equal(kept_TK, plain())
 
 
 @pytest.mark.benchmark(group="DyCoke, 32 x 196 x 3584, K 0.7")
