@@ -50,7 +50,7 @@ def run_bench(
     processor: Any = None,
     model_name: str | None = None,
     frames: int = 16,
-    batch: int = 8,
+    batch: int = 16,
     max_new_tokens: int | None = None,
     repeats: int = 5,
     seed: int = 0,

@@ -108,9 +108,11 @@ def _shared(
         others = any(isinstance(value, Tensor | tuple) for value in (*args[1:], *kwargs.values()))
         if not isinstance(x_R, Tensor) or others or not x_R.dim() or x_R.shape[0] % len(inverse):
             return forward(*args, **kwargs)
-        x_U = _rows(x_R, unique, len(inverse))
-        if not torch.equal(_rows(x_U, inverse, len(unique)), x_R):
+        parts = x_R.unflatten(0, (len(inverse), -1))
+        copies = [(number, unique[of]) for number, of in enumerate(inverse) if unique[of] != number]
+        if not all(torch.equal(parts[copy], parts[first]) for copy, first in copies):
             return forward(*args, **kwargs)
+        x_U = _rows(x_R, unique, len(inverse))
         output = forward(x_U, *args[1:], **kwargs)
         if isinstance(output, tuple):
             return tuple(_expanded(part, x_U, unique, inverse) for part in output)

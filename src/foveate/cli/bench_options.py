@@ -53,7 +53,7 @@ def bench_command(
         ),
     ] = None,
     frames: Annotated[int, typer.Option("--frames", help="Frames, taken evenly.", min=1)] = 16,
-    batch: Annotated[int, typer.Option("--batch", help="Questions answered together.", min=1)] = 8,
+    batch: Annotated[int, typer.Option("--batch", help="Questions answered together.", min=1)] = 16,
     repeats: Annotated[
         int, typer.Option("--repeats", help="Turns of the time measurement; 0: none.", min=0)
     ] = 5,
