@@ -28,6 +28,7 @@ from foveate.core import (
     Reduction,
     Tokens,
 )
+from foveate.methods.catp import aligned_coverage
 from foveate.methods.divprune import DivPrune
 from foveate.methods.dycoke import DyCoke
 from foveate.methods.evs import EVS
@@ -35,11 +36,13 @@ from foveate.methods.hiprune import HiPrune
 from foveate.methods.holitom import HoliTom
 from foveate.methods.lvlm_csp import LVLMCSP
 from foveate.methods.m3 import M3
+from foveate.methods.todre import diverse_order
 from foveate.methods.ts_llava import TSLLaVA
 from foveate.methods.vidcom2 import VidCom2
 from foveate.methods.visionzip import VisionZip
 
 sys.path.insert(0, str(Path(__file__).parent))
+from reference import catp as plain_catp
 from reference import divprune as plain_divprune
 from reference import dycoke as plain_dycoke
 from reference import evs as plain_evs
@@ -47,6 +50,7 @@ from reference import hiprune as plain_hiprune
 from reference import holitom as plain_holitom
 from reference import lvlm_csp as plain_lvlm_csp
 from reference import m3 as plain_m3
+from reference import todre as plain_todre
 from reference import ts_llava as plain_ts_llava
 from reference import vidcom2 as plain_vidcom2
 from reference import visionzip as plain_visionzip
@@ -102,6 +106,28 @@ def test_divprune(benchmark, form: str) -> None:
     order = benchmark(foveate if form == "foveate" else lambda: plain_divprune.select(x_NC, 288))
     if form == "foveate":
         assert order.tolist() == plain_divprune.select(x_NC, 288).tolist()
+
+
+@pytest.mark.benchmark(group="ToDRE, stage 1, 2880 x 4096, retain 0.1")
+@pytest.mark.parametrize("form", ["foveate", "plain"])
+def test_todre(benchmark, form: str) -> None:
+    x_NC = torch.randn(2880, 4096, generator=torch.Generator().manual_seed(0))
+    order = benchmark(diverse_order if form == "foveate" else plain_todre.select, x_NC, 288, 7)
+    if form == "foveate":
+        assert order.tolist() == plain_todre.select(x_NC, 288, 7).tolist()
+
+
+@pytest.mark.benchmark(group="CATP, stage 1, 576 x 4096, retain 0.222")
+@pytest.mark.parametrize("form", ["foveate", "plain"])
+def test_catp(benchmark, form: str) -> None:
+    x_PD = torch.randn(576, 4096, generator=torch.Generator().manual_seed(0))
+    run = aligned_coverage if form == "foveate" else plain_catp.select
+    order_K = benchmark(run, x_PD, x_PD[:20].mean(0), 351, 0.7)
+    if form == "foveate":
+        expected_K = plain_catp.select(x_PD, x_PD[:20].mean(0), 351, 0.7)
+        # Sums run in another order, so equal gains may swap their tokens.
+        same = set(order_K.tolist()) & set(expected_K.tolist())
+        assert len(same) >= 0.99 * len(expected_K)
 
 
 def at_projector(
