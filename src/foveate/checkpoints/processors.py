@@ -71,7 +71,10 @@ def _line(error: BaseException) -> str:
 
 def _stitched(cls: Any, name: str | Path) -> Any:
     """A processor of class `cls` whose video processor is a stand-in."""
-    from transformers import AutoImageProcessor, AutoTokenizer
+    from transformers import AutoTokenizer
+
+    # transformers 5.16 hides this class behind torchvision, which it does not need.
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     class Stitched(cls):
         """The checkpoint's own processor with a stand-in for its video processor."""
