@@ -64,7 +64,7 @@ def cases(families: tuple[str, ...] = REPRESENTATIVE, **wanted: Any) -> list[tup
 
 def attach(name: str, model: nn.Module, **options: Any) -> foveate.Attachment:
     row = METHOD_TABLE[name]
-    if not {"retain", "tokens"} & set(options):
+    if row.reduces and not {"retain", "tokens"} & set(options):
         options["retain"] = row.retain
     return foveate.reduce(model, row.recipe, **options)
 

@@ -31,6 +31,7 @@ class Row:
         families: families it runs on; elsewhere attaching is refused or nothing happens.
         on_images: it acts on images; if not, only on videos.
         reads_text: the prompt's text takes part in the choice.
+        reduces: it takes tokens away; if not, it only changes attention and has no budget.
     """
 
     recipe: str
@@ -41,6 +42,7 @@ class Row:
     families: tuple[str, ...] = TINY_FAMILIES
     on_images: bool = True
     reads_text: bool = False
+    reduces: bool = True
 
 
 #: Registry name -> row.
@@ -94,4 +96,5 @@ METHOD_TABLE: dict[str, Row] = {
         "video_xl2(block_units=1, previous_blocks=1, chunk_units=1)", ("cache",), reads_text=True
     ),
     "visionzip": Row("visionzip", ("projector",), exact=False, merges=True),
+    "vista_llama": Row("vista_llama", ("decoder",), reduces=False),
 }

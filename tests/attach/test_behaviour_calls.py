@@ -54,7 +54,9 @@ def test_beams_of_a_batch_equal_those_of_its_samples(name, family):
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-@pytest.mark.parametrize(("name", "family"), [case for case in cases(TWO) if case[0] != "tome"])
+@pytest.mark.parametrize(
+    ("name", "family"), [case for case in cases(TWO, reduces=True) if case[0] != "tome"]
+)
 def test_one_budget_per_sample(name, family, beams):
     model, row = model_of(family), METHOD_TABLE[name]
     samples = samples_of(family)[:2]
@@ -95,7 +97,7 @@ def test_budgets_of_another_number_of_samples_are_refused():
         assert run.budget.retain == (0.5, 0.25, 1.0)
 
 
-@every_method
+@pytest.mark.parametrize(("name", "family"), cases(("llava_onevision",), reduces=True))
 def test_budget_changes_between_calls(name, family):
     model, inputs = model_of(family), one_of(family)
 

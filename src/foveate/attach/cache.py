@@ -24,6 +24,8 @@ class ReducedLayer(DynamicLayer):
 
     Attributes:
         valid_BT: bool [B, T], False for padding slots; None when all are real.
+        unrotated_BT: bool [B, T], True for keys cached without rotary positions, as a method's
+            attention rule asks; None: all are rotated.
         seen: tokens read so far, counted before any reduction.
         shift_B: int64 [B], how far positions moved down when the prompt was renumbered, the same
             in all layers; None: 0.
@@ -34,10 +36,11 @@ class ReducedLayer(DynamicLayer):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.valid_BT: torch.Tensor | None = None
+        self.unrotated_BT: torch.Tensor | None = None
         self.seen = 0
         self.shift_B: torch.Tensor | None = None
         self.extra_B: torch.Tensor | None = None
-        self._expected: tuple[torch.Tensor | None, int] | None = None
+        self._expected: tuple[torch.Tensor | None, int, torch.Tensor | None] | None = None
 
     @property
     def length(self) -> int:
@@ -52,22 +55,32 @@ class ReducedLayer(DynamicLayer):
         assert self.keys is not None and self.values is not None
         return self.keys, self.values
 
-    def expect(self, valid_BQ: torch.Tensor | None, num_tokens: int) -> None:
-        """Announce the next update: validity of the new slots, and tokens they stand for."""
-        self._expected = (valid_BQ, num_tokens)
+    def expect(
+        self,
+        valid_BQ: torch.Tensor | None,
+        num_tokens: int,
+        unrotated_BQ: torch.Tensor | None = None,
+    ) -> None:
+        """Announce the next update: validity of the new slots, tokens they stand for, and which
+        keys come without rotary positions."""
+        self._expected = (valid_BQ, num_tokens, unrotated_BQ)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         num_new = key_states.shape[-2]
-        moved = self.shift_B is not None or self.extra_B is not None
-        if self._expected is None and (moved or self.length != self.seen):
+        changed = any(x is not None for x in (self.shift_B, self.extra_B, self.unrotated_BT))
+        if self._expected is None and (changed or self.length != self.seen):
             raise AttachmentError(
-                "This cache was shortened; without the recipe the model would mask and number it "
-                "as if it were whole. Go on inside foveate.reduce(...), or start a new cache."
+                "This cache was shortened or attended to by a rule; without the recipe the model "
+                "would mask, number and rotate it as if it were its own. Go on inside "
+                "foveate.reduce(...), or start a new cache."
             )
-        valid_BQ, num_tokens = self._expected or (None, num_new)
+        valid_BQ, num_tokens, unrotated_BQ = self._expected or (None, num_new, None)
         self._expected = None
+        self.unrotated_BT = join_flags(
+            self.unrotated_BT, unrotated_BQ, self.length, num_new, default=False
+        )
         self.valid_BT = join_valid(
             self.valid_BT, self.length, valid_BQ, num_new, key_states.shape[0], key_states.device
         )
@@ -87,10 +100,12 @@ class ReducedLayer(DynamicLayer):
         self.keys = keys.gather(2, index.expand(-1, keys.shape[1], -1, keys.shape[-1]))
         self.values = values.gather(2, index.expand(-1, values.shape[1], -1, values.shape[-1]))
         self.valid_BT = valid_BK
+        if self.unrotated_BT is not None:
+            self.unrotated_BT = self.unrotated_BT.gather(1, index_BK)
 
     def reset(self) -> None:
         super().reset()
-        self.valid_BT = self.shift_B = self.extra_B = self._expected = None
+        self.valid_BT = self.unrotated_BT = self.shift_B = self.extra_B = self._expected = None
         self.seen = 0
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -99,7 +114,7 @@ class ReducedLayer(DynamicLayer):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
-        for name in ("valid_BT", "shift_B", "extra_B"):
+        for name in _STATE:
             value = getattr(self, name)
             if value is not None:
                 setattr(self, name, value.repeat_interleave(repeats, dim=0))
@@ -116,15 +131,39 @@ class ReducedLayer(DynamicLayer):
             return
         keys, values = self.kv
         self.keys, self.values = keys[..., :-remove, :], values[..., :-remove, :]
-        if self.valid_BT is not None:
-            self.valid_BT = self.valid_BT[:, :-remove]
+        for name in ("valid_BT", "unrotated_BT"):
+            value = getattr(self, name)
+            if value is not None:
+                setattr(self, name, value[:, :-remove])
         self.seen -= remove
 
     def _reindex(self, index: torch.Tensor) -> None:
-        for name in ("valid_BT", "shift_B", "extra_B"):
+        for name in _STATE:
             value = getattr(self, name)
             if value is not None:
                 setattr(self, name, value[index.to(value.device)])
+
+
+#: What a layer knows of every sample or slot; the batch is its first dimension.
+_STATE = ("valid_BT", "unrotated_BT", "shift_B", "extra_B")
+
+
+def join_flags(
+    past_BT: torch.Tensor | None,
+    new_BQ: torch.Tensor | None,
+    num_past: int,
+    num_new: int,
+    default: bool,
+) -> torch.Tensor | None:
+    """Flags of past and new slots together, bool [B, T + Q]; None when neither has any."""
+    if past_BT is None and new_BQ is None:
+        return None
+    if past_BT is None:
+        assert new_BQ is not None
+        past_BT = new_BQ.new_full((new_BQ.shape[0], num_past), default)
+    if new_BQ is None:
+        new_BQ = past_BT.new_full((past_BT.shape[0], num_new), default)
+    return torch.cat([past_BT, new_BQ], dim=1)
 
 
 def join_valid(
@@ -136,13 +175,7 @@ def join_valid(
     device: torch.device,
 ) -> torch.Tensor | None:
     """Validity of past and new slots together, bool [B, T + Q]; None when all are real."""
-    if past_BT is None and new_BQ is None:
-        return None
-    if past_BT is None:
-        past_BT = torch.ones(batch, num_past, dtype=torch.bool, device=device)
-    if new_BQ is None:
-        new_BQ = torch.ones(batch, num_new, dtype=torch.bool, device=device)
-    return torch.cat([past_BT, new_BQ], dim=1)
+    return join_flags(past_BT, new_BQ, num_past, num_new, default=True)
 
 
 def move_positions(

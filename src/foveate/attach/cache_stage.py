@@ -13,7 +13,7 @@ import torch
 from foveate.attach.cache import ReducedLayer
 from foveate.attach.evidence import places
 from foveate.attach.plan import StepPlan, placed
-from foveate.attach.sequence import Layout
+from foveate.attach.sequence import Layout, Sequence
 from foveate.core import CacheContext, Reduction, StageReport
 
 if TYPE_CHECKING:
@@ -24,6 +24,9 @@ def reduce_cache(call: DecoderCall, step: StepPlan, layer: int) -> None:
     """Let a cache-stage method thin out what one layer has just cached."""
     cached = call.layer_cache(layer)
     if cached is None:
+        return
+    if step.method.one_cache_choice:
+        _reduce_all(call, step, layer, cached)
         return
     begin = time.perf_counter()
     device = cached.kv[0].device
@@ -61,6 +64,74 @@ def reduce_cache(call: DecoderCall, step: StepPlan, layer: int) -> None:
     call.report.spend("cache", time.perf_counter() - begin)
 
 
+def _reduce_all(call: DecoderCall, step: StepPlan, layer: int, cached: ReducedLayer) -> None:
+    """Let a method look at one layer and, behind the last one, thin out all of them alike."""
+    begin = time.perf_counter()
+    num_past = cached.length - call.sequence.length
+    chosen = [
+        _ask(call, step, layer, sample, cached, num_past)
+        for sample in range(len(call.sequence.visual))
+    ]
+    if layer < call.num_layers - 1:
+        chosen = []
+    if any(reduction is not None for reduction in chosen):
+        kept = [_kept_ids(call, step, sample, made) for sample, made in enumerate(chosen)]
+        for earlier, sequence in enumerate(call.sequences):
+            _keep_ids(call, step, earlier, sequence, kept)
+    call.report.spend("cache", time.perf_counter() - begin)
+
+
+def _kept_ids(
+    call: DecoderCall, step: StepPlan, sample: int, reduction: Reduction | None
+) -> torch.Tensor | None:
+    """Stable numbers of the visual tokens that stay, None for all."""
+    if reduction is None:
+        return None
+    if reduction.kind != "select":
+        raise ValueError(
+            f"{step.method.name} chooses for all layers at once and must select tokens; it "
+            f"returned a reduction of the kind {reduction.kind!r}."
+        )
+    return _visual_ids(call.sequence, sample)[reduction.anchor_BM[0]]
+
+
+def _visual_ids(sequence: Sequence, sample: int) -> torch.Tensor:
+    rows_N = sequence.visual[sample].rows_N
+    rows_S = sequence.rows(sample, rows_N.device)
+    return sequence.ids[sample][torch.searchsorted(rows_S, rows_N)]
+
+
+def _keep_ids(
+    call: DecoderCall,
+    step: StepPlan,
+    layer: int,
+    sequence: Sequence,
+    kept: list[torch.Tensor | None],
+) -> None:
+    """Keep the visual slots of one layer whose tokens are among those that stay."""
+    cached = call.layer_cache(layer)
+    assert cached is not None
+    num_past = cached.length - sequence.length
+    keep_BT = torch.ones(len(kept), cached.length, dtype=torch.bool, device=cached.kv[0].device)
+    if cached.valid_BT is not None:
+        keep_BT &= cached.valid_BT
+    before = [visual.num for visual in sequence.visual]
+    after = list(before)
+    for sample, ids_M in enumerate(kept):
+        if ids_M is not None:
+            stays_N = torch.isin(_visual_ids(sequence, sample), ids_M)
+            keep_BT[sample, sequence.visual[sample].rows_N + num_past] = stays_N
+            after[sample] = int(stays_N.sum())
+    if call.mask_only:
+        cached.valid_BT = keep_BT
+    else:
+        layout = Layout([keep_T.nonzero()[:, 0] for keep_T in keep_BT])
+        cached.keep(layout.index_BL(), layout.valid_BL())
+    call.report.stages.append(
+        StageReport("cache", step.method.name, tuple(before), tuple(after), layer)
+    )
+
+
 def _ask(
     call: DecoderCall, step: StepPlan, layer: int, sample: int, cached: ReducedLayer, num_past: int
 ) -> Reduction | None:
@@ -70,7 +141,8 @@ def _ask(
         return None
     slots_N = visual.rows_N + num_past
     ids_S = call.sequence.ids[sample]
-    id_N = ids_S[torch.searchsorted(call.sequence.rows(sample, ids_S.device), visual.rows_N)]
+    visual_N = torch.searchsorted(call.sequence.rows(sample, ids_S.device), visual.rows_N)
+    id_N = ids_S[visual_N]
 
     def last_token_attention(earlier: int) -> torch.Tensor:
         if earlier not in call.attentions:
@@ -93,6 +165,11 @@ def _ask(
         item_N=visual.item_N,
         id_N=id_N,
         last_token_attention=last_token_attention,
+        attention=lambda: call.attentions[layer].view(sample),
+        sample=sample // call.repeats,
+        visual_N=visual_N,
+        column_S=call.columns[sample][ids_S],
+        num_columns=call.num_columns[sample],
     )
     with torch.no_grad():
         keys_BGNd, values_BGNd = (x[sample : sample + 1, :, slots_N] for x in cached.kv)

@@ -26,6 +26,7 @@ from foveate.attach.layer_attention import LayerAttention, past_of
 from foveate.attach.masks import MaskMaker
 from foveate.attach.parking import Parked, bring_back, park
 from foveate.attach.plan import StepPlan, placed
+from foveate.attach.rules import CallRules, rule_of_rows
 from foveate.attach.sequence import (
     Layout,
     Sequence,
@@ -77,6 +78,11 @@ class DecoderCall:
         deepstack: per level, per sample features [N, D] that are added behind that layer.
         mask_only: keep all columns and only mask dropped keys.
         blockwise: the attention of a prompt that is read in blocks, or None.
+        rules: what methods changed about attention, None when nothing.
+        columns: per sample, places of its tokens in the prompt before any reduction, int64 [S].
+        num_columns: per sample, tokens of that prompt.
+        repeats: rows per sample, as beam search expands them.
+        sequences: the sequence that every layer so far saw.
     """
 
     sequence: Sequence
@@ -94,6 +100,11 @@ class DecoderCall:
     deepstack: list[list[torch.Tensor]] = field(default_factory=list)
     mask_only: bool = False
     blockwise: BlockwisePrefill | None = None
+    rules: CallRules | None = None
+    columns: list[torch.Tensor] = field(default_factory=list)
+    num_columns: list[int] = field(default_factory=list)
+    repeats: int = 1
+    sequences: list[Sequence] = field(default_factory=list)
     position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None
     position_PBL: torch.Tensor | None = None
     rotary: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
@@ -137,7 +148,10 @@ class DecoderCall:
         kwargs["attention_mask"] = self.mask_of_layer(layer, hidden_BLD.shape[1])
         past = self.layer_cache(layer)
         if past is not None:
-            past.expect(self.sequence.valid_BL, self.num_tokens)
+            unrotated_BL = None if self.rules is None else self.rules.unrotated_BL(self.sequence)
+            past.expect(self.sequence.valid_BL, self.num_tokens, unrotated_BL)
+        if self.items:
+            self.sequences.append(self.sequence)
         if layer in self.attention_layers:
             self.captured[layer] = {}
         return hidden_BLD, kwargs
@@ -167,6 +181,7 @@ class DecoderCall:
             None if past is None else past.valid_BT,
             num_new,
             self.sequence.valid_BL,
+            None if self.rules is None else self.rules.visible_BLL(self.sequence),
         )
 
     def layer_cache(self, layer: int) -> ReducedLayer | None:
@@ -319,6 +334,10 @@ class DecoderCall:
             [self.sequence.rows(sample, device) for sample in samples],
             list(self.sequence.ids),
             [visual.rows_N for visual in self.sequence.visual],
+            [
+                rule_of_rows(self, layer, sample, self.sequence.rows(sample, device), num_past)
+                for sample in samples
+            ],
         )
         # Projections of a long prompt are large; adjacent layers are all that methods compare.
         for old in sorted(self.attentions)[:-2]:
@@ -331,16 +350,21 @@ class DecoderCall:
         for step in self.cache_steps:
             if layer in step.layers:
                 reduce_cache(self, step, layer)
-        cached = self.layer_cache(layer)
-        if cached is not None and self.items:
-            for sample in range(len(self.items)):
-                length = cached.length
-                if cached.valid_BT is not None:
-                    length = int(cached.valid_BT[sample].sum())
-                self.report.cache_lengths[sample].append(length)
+        if layer == self.num_layers - 1 and self.items:
+            self._note_cache()
         if layer < len(self.deepstack):
             hidden_BLD = self._add_deepstack(layer, hidden_BLD)
         return hidden_BLD
+
+    def _note_cache(self) -> None:
+        """What every layer has cached once all cache stages are done."""
+        for layer in range(self.num_layers):
+            cached = self.layer_cache(layer)
+            if cached is None:
+                return
+            for sample, lengths in enumerate(self.report.cache_lengths):
+                valid_BT = cached.valid_BT
+                lengths.append(cached.length if valid_BT is None else int(valid_BT[sample].sum()))
 
     def _add_deepstack(self, level: int, hidden_BLD: torch.Tensor) -> torch.Tensor:
         batch, rows, parts = [], [], []

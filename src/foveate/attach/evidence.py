@@ -12,6 +12,7 @@ import torch
 
 from foveate.attach.layer_attention import AheadView, embeddings_of_rows, past_of
 from foveate.attach.plan import StepPlan
+from foveate.attach.rules import rule_of_rows
 from foveate.attach.sequence import Sequence
 from foveate.core import AttentionView, DecoderContext, LayerModule, ModuleContext, Tokens
 
@@ -144,13 +145,15 @@ def _ahead(
 ) -> AttentionView:
     """Attention of the layer about to run over the present tokens of a sample."""
     modules, cached = call.modules[layer], call.layer_cache(layer)
+    num_past = 0 if cached is None else cached.length
     with torch.no_grad():
         return AheadView(
             modules.attention,
             modules.norm(rows_of(hidden_BLD, sample, rows_S)),
             embeddings_of_rows(call.embeddings_of(layer, hidden_BLD), sample, rows_S),
-            past_of(cached, sample, 0 if cached is None else cached.length),
+            past_of(cached, sample, num_past),
             torch.searchsorted(rows_S, call.sequence.visual[sample].rows_N),
+            rule_of_rows(call, layer, sample, rows_S, num_past),
         )
 
 

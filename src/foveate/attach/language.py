@@ -18,12 +18,14 @@ from torch import nn
 from foveate.attach.blockwise import attention_hooks, begin_blockwise, plan_blockwise
 from foveate.attach.cache import adopt, is_managed, move_positions, refuse_unsupported
 from foveate.attach.decoder import DecoderCall, LayerModules
+from foveate.attach.equal_distance import replace_forwards
 from foveate.attach.evidence import item_spans, observe
 from foveate.attach.features import FeatureRecord, FeatureWatch
 from foveate.attach.masks import MaskMaker
 from foveate.attach.plan import is_compact, plan_cache, plan_decoder
 from foveate.attach.prompt import PromptReducer, find_items
-from foveate.attach.sequence import Sequence, VisualItem, visual_rows
+from foveate.attach.rules import ask_rules, plan_rules
+from foveate.attach.sequence import Sequence, VisualItem, split_deepstack, visual_rows
 from foveate.attach.single import OfOneModel
 from foveate.core import Budget, LayerModule, Recipe, Report
 from foveate.errors import AttachmentError
@@ -83,14 +85,15 @@ class LanguageStage(OfOneModel):
         recipe = settings.recipe
         self.decoder_steps = plan_decoder(recipe, adapter, model, self._sample_budget)
         self.cache_steps = plan_cache(recipe, len(self.layers), self._sample_budget)
+        self.rule_steps = plan_rules(recipe, adapter.text_config(model), self._sample_budget)
+        self.attentions = adapter.text_attentions(model)
         self.blockwise = plan_blockwise(recipe, adapter, self.cache_steps)
         if self.blockwise is not None:
             self.cache_steps = []
         self.modules: tuple[LayerModules, ...] = ()
         if self.decoder_steps or self.cache_steps:
             norms, mlps = adapter.text_norms(model), adapter.text_mlps(model)
-            attentions = adapter.text_attentions(model)
-            self.modules = tuple(map(LayerModules, norms, attentions, mlps))
+            self.modules = tuple(map(LayerModules, norms, self.attentions, mlps))
         self.attention_layers: frozenset[int] = frozenset()
         self.value_layers: frozenset[int] = frozenset()
         for step in (*self.decoder_steps, *self.cache_steps):
@@ -121,11 +124,13 @@ class LanguageStage(OfOneModel):
                 register(attention.register_forward_pre_hook(enter, with_kwargs=True))
                 register(attention.register_forward_hook(leave))
         for index in sorted(self.attention_layers):
-            attention = self.modules[index].attention
+            attention = self.attentions[index]
             for name in ("q", "k", "v") if index in self.value_layers else ("q", "k"):
                 projection = attention.get_submodule(f"{name}_proj")
                 register(projection.register_forward_hook(self._note(index, name)))
             register(attention.register_forward_hook(self._leave_attention(index)))
+        if self.rule_steps:
+            handles += replace_forwards(self.attentions, lambda: self.state.call)
         for index in sorted(set().union(*(step.observes for step in self.decoder_steps))):
             modules = self.modules[index]
             observed: dict[LayerModule, nn.Module] = {
@@ -220,7 +225,7 @@ class LanguageStage(OfOneModel):
             cache = adopt(cache, config, len(self.layers), mask)
         valid = _valid(mask, length)
         positions = _positions(kwargs.get("position_ids"), embeds, cache)
-        deepstack = _split_deepstack(
+        deepstack = split_deepstack(
             kwargs.pop("visual_pos_masks", None), kwargs.pop("deepstack_visual_embeds", None)
         )
         reducer = PromptReducer(
@@ -248,6 +253,10 @@ class LanguageStage(OfOneModel):
         call.decoder_steps, call.cache_steps = self.decoder_steps, self.cache_steps
         call.attention_layers = self.attention_layers
         call.spans = item_spans(sequence) if self.decoder_steps else []
+        call.columns, call.num_columns = reducer.columns, reducer.num_columns
+        call.repeats = self.state.repeats
+        if self.rule_steps:
+            positions = ask_rules(call, self.rule_steps, positions)
         if self.blockwise is not None:
             call.blockwise = begin_blockwise(call, self.blockwise, embeds, config)
         return self._model_inputs(kwargs, call, embeds, positions)
@@ -406,13 +415,3 @@ def _positions(position_ids: torch.Tensor | None, embeds: torch.Tensor, cache: A
     if shift_B is None:
         return position_ids
     return (position_ids - shift_B[None, :, None]).clamp(min=0)
-
-
-def _split_deepstack(
-    mask_BL: torch.Tensor | None, levels: list[torch.Tensor] | None
-) -> list[list[torch.Tensor]]:
-    """Deepstack features per level and sample, [N, D] each, in the order of the rows."""
-    if mask_BL is None or not levels:
-        return []
-    counts = mask_BL.sum(dim=1).tolist()
-    return [list(level.split(counts)) for level in levels]

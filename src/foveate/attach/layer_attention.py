@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from foveate.attach.rules import RuleOfRows
 from foveate.core import AttentionView
-from foveate.models.rotary import project_text_k, project_text_qk
 
 if TYPE_CHECKING:
     from foveate.attach.cache import ReducedLayer
@@ -38,6 +38,7 @@ class LayerAttention:
         rows: per sample, the valid columns of that layer, int64 [S].
         ids: per sample, the stable numbers of those tokens.
         visual: per sample, the visual columns of that layer.
+        rules: per sample, what the attention rule says of those tokens.
     """
 
     module: nn.Module
@@ -47,20 +48,22 @@ class LayerAttention:
     rows: list[torch.Tensor]
     ids: list[torch.Tensor]
     visual: list[torch.Tensor]
+    rules: list[RuleOfRows]
 
     def view(self, sample: int) -> AttentionView:
         """Queries and keys of one sample, rotated as the layer did."""
         rows_S = self.rows[sample]
         raw = {name: part[sample : sample + 1, rows_S] for name, part in self.raw.items()}
         embeddings = embeddings_of_rows(self.position_embeddings, sample, rows_S)
-        q_BHSd, k_BGSd = project_text_qk(self.module, raw["q"], raw["k"], embeddings)
-        assert k_BGSd is not None
+        rule = self.rules[sample]
+        q_BHSd = rule.queries(self.module, raw["q"], embeddings)
+        k_BGSd = rule.keys(self.module, raw["k"], embeddings)
         v_BGSd = (
             raw["v"].unflatten(-1, (k_BGSd.shape[1], -1)).transpose(1, 2) if "v" in raw else None
         )
-        k_BGTd, v_BGTd = _after_past(self.past[sample], k_BGSd, v_BGSd)
+        k_BGTd, v_BGTd = _after_past(self.past[sample], k_BGSd, v_BGSd, rule)
         visual_N = torch.searchsorted(rows_S, self.visual[sample])
-        return AttentionView(q_BHSd, k_BGTd, _scale(self.module, k_BGTd), visual_N, v_BGTd)
+        return AttentionView(q_BHSd, k_BGTd, _scale(self.module), visual_N, v_BGTd, rule.visible_SS)
 
 
 class AheadView(AttentionView):
@@ -74,11 +77,13 @@ class AheadView(AttentionView):
         position_embeddings: (cos, sin) of the S tokens.
         past: keys and values that earlier calls left, or None.
         visual_N: positions of the visual tokens among the S.
+        rule: what the attention rule says of the tokens.
     """
 
     _module: nn.Module
     _normed_1SD: torch.Tensor
     _embeddings: Embeddings
+    _rule: RuleOfRows
 
     def __init__(
         self,
@@ -87,17 +92,20 @@ class AheadView(AttentionView):
         position_embeddings: Embeddings,
         past: Past | None,
         visual_N: torch.Tensor,
+        rule: RuleOfRows,
     ) -> None:
         k_raw = module.get_submodule("k_proj")(normed_1SD)
-        k_BGSd = project_text_k(module, k_raw, position_embeddings)
+        k_BGSd = rule.keys(module, k_raw, position_embeddings)
         # The base is frozen, and its `q_BHSd` is a property here.
         vars(self).update(
-            k_BGTd=_after_past(past, k_BGSd, None)[0],
-            scale=_scale(module, k_BGSd),
+            k_BGTd=_after_past(past, k_BGSd, None, rule)[0],
+            scale=_scale(module),
             visual_N=visual_N,
+            visible_SS=rule.visible_SS,
             _module=module,
             _normed_1SD=normed_1SD,
             _embeddings=position_embeddings,
+            _rule=rule,
         )
 
     @cached_property
@@ -116,7 +124,7 @@ class AheadView(AttentionView):
         index_R = index_R.to(self._normed_1SD.device)
         q_raw = self._module.get_submodule("q_proj")(self._normed_1SD[:, index_R])
         embeddings = embeddings_of_rows(self._embeddings, 0, index_R)
-        return project_text_qk(self._module, q_raw, None, embeddings)[0]
+        return self._rule.queries(self._module, q_raw, embeddings)
 
 
 def embeddings_of_rows(embeddings: Embeddings, sample: int, rows_S: torch.Tensor) -> Embeddings:
@@ -145,13 +153,13 @@ def past_of(cached: ReducedLayer | None, sample: int, num_past: int) -> Past | N
 
 
 def _after_past(
-    past: Past | None, k_BGSd: torch.Tensor, v_BGSd: torch.Tensor | None
+    past: Past | None, k_BGSd: torch.Tensor, v_BGSd: torch.Tensor | None, rule: RuleOfRows
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     if past is None:
         return k_BGSd, v_BGSd
-    k_BGTd = torch.cat([past[0], k_BGSd], dim=2)
+    k_BGTd = torch.cat([rule.past(past[0]), k_BGSd], dim=2)
     return k_BGTd, None if v_BGSd is None else torch.cat([past[1], v_BGSd], dim=2)
 
 
-def _scale(module: nn.Module, k_BGTd: torch.Tensor) -> float:
-    return float(getattr(module, "scaling", k_BGTd.shape[-1] ** -0.5))
+def _scale(module: Any) -> float:
+    return float(getattr(module, "scaling", module.head_dim**-0.5))

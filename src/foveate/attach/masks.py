@@ -5,6 +5,7 @@ Legend: B batch, T keys, Q queries.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -66,13 +67,19 @@ class MaskMaker:
         past_BT: torch.Tensor | None,
         num_new: int,
         new_BQ: torch.Tensor | None,
+        visible_BQQ: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
-        """The mask in the form that the model's attention implementation reads."""
+        """The mask in the form that the model's attention implementation reads.
+
+        `visible_BQQ` replaces the causal order among the new tokens where a rule says who sees
+        whom; all of them see the past.
+        """
         if num_new == 1 and past_BT is None and new_BQ is None:
             return None  # one query that sees everything: every kernel does that unasked
-        key = (num_past, num_new, *(_fingerprint(v) for v in (past_BT, new_BQ)))
+        key = (num_past, num_new, *map(_fingerprint, (past_BT, new_BQ, visible_BQQ)))
         if key not in self._made:
             valid = join_valid(past_BT, num_past, new_BQ, num_new, self.batch, self.device)
+            sees = None if visible_BQQ is None else _overlay(visible_BQQ, num_past)
             shape_only = torch.empty(self.batch, num_new, 0, dtype=self.dtype, device=self.device)
             self._made[key] = create_causal_mask(
                 config=self.config,
@@ -80,10 +87,22 @@ class MaskMaker:
                 attention_mask=valid,
                 past_key_values=_Sizes(num_past),  # pyright: ignore[reportArgumentType]
                 layer_idx=0,
+                or_mask_function=sees,
+                and_mask_function=sees,
             )
             # Fingerprints are addresses: the tensors must outlive them.
-            self._alive += [past_BT, new_BQ]
+            self._alive += [past_BT, new_BQ, visible_BQQ]
         return self._made[key]
+
+
+def _overlay(visible_BQQ: torch.Tensor, num_past: int) -> Callable[..., torch.Tensor]:
+    """(causal or this) and this is this alone, in the index form that mask functions have."""
+    visible_BQT = torch.nn.functional.pad(visible_BQQ, (num_past, 0), value=True)
+
+    def sees(batch: Any, head: Any, row: Any, key: Any) -> torch.Tensor:
+        return visible_BQT[batch, row - num_past, key]
+
+    return sees
 
 
 def _fingerprint(valid: torch.Tensor | None) -> tuple | None:

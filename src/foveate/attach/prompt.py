@@ -141,6 +141,9 @@ class PromptReducer:
         text_ids: int64 [B, L] or None, for methods that read the text.
         carriers: methods without a projector stage; the encoder signals that they declare are
             carried to their decoder stage.
+        columns: after a call: per sample, places of the remaining tokens in the prompt before any
+            reduction, padding not counted, int64 [S].
+        num_columns: after a call: per sample, tokens of that prompt.
     """
 
     steps: list[tuple[int, Method]]
@@ -150,6 +153,8 @@ class PromptReducer:
     report: Report
     text_ids: torch.Tensor | None
     carriers: list[tuple[int, Method]] = field(default_factory=list)
+    columns: list[torch.Tensor] = field(default_factory=list)
+    num_columns: list[int] = field(default_factory=list)
 
     def reduce_item(
         self,
@@ -231,6 +236,11 @@ class PromptReducer:
             all_rows = [valid_BL[sample].nonzero()[:, 0] for sample in range(batch)]
         plans = [self._plan(b, all_rows[b], items[b], embeds_BLD, deepstack) for b in range(batch)]
         self._note_stages(items)
+        self.num_columns = [rows_S.shape[0] for rows_S in all_rows]
+        self.columns = [
+            torch.searchsorted(rows_S, plan.source_S)
+            for rows_S, plan in zip(all_rows, plans, strict=True)
+        ]
         if all(plan.unchanged for plan in plans):
             self.report.spend("projector", time.perf_counter() - begin)
             visual = [_in_place(plan.visual, items[b]) for b, plan in enumerate(plans)]

@@ -227,3 +227,13 @@ def visual_rows(rows: list[torch.Tensor], outs: list[Tokens], device: torch.devi
         torch.cat(positions)[order],
         torch.cat(kinds)[order],
     )
+
+
+def split_deepstack(
+    mask_BL: torch.Tensor | None, levels: list[torch.Tensor] | None
+) -> list[list[torch.Tensor]]:
+    """Deepstack features per level and sample, [N, D] each, in the order of the rows."""
+    if mask_BL is None or not levels:
+        return []
+    counts = mask_BL.sum(dim=1).tolist()
+    return [list(level.split(counts)) for level in levels]

@@ -28,6 +28,7 @@ from foveate.core.recipe import Recipe
 from foveate.core.reduction import Reduction
 from foveate.core.registry import METHODS, get_method, list_methods, register_method
 from foveate.core.report import ItemReport, Report, StageReport
+from foveate.core.rule import AttentionRule, RuleContext
 from foveate.core.selector import PatchSelector, PlaneSelector
 from foveate.core.step import Step
 from foveate.core.tokens import Tokens
@@ -36,6 +37,7 @@ __all__ = [
     "METHODS",
     "SIGNALS",
     "STAGES",
+    "AttentionRule",
     "AttentionView",
     "Budget",
     "CacheContext",
@@ -60,6 +62,7 @@ __all__ = [
     "Recipe",
     "Reduction",
     "Report",
+    "RuleContext",
     "Stage",
     "StageReport",
     "Step",

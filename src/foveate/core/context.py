@@ -47,6 +47,11 @@ class AttentionView:
         scale: softmax scale.
         visual_N: positions of the visual tokens among the S queries, int64 [N].
         v_BGTd: values, [1, G, T, d], where the method sets `reads_values`; else None.
+        visible_SS: bool [S, S], which row sees which key of this call where an attention rule says
+            so; None: causal.
+
+    Under a rule of unrotated keys, queries and keys have 2 d channels, whose products are the
+    logits of either kind.
     """
 
     q_BHSd: torch.Tensor
@@ -54,6 +59,7 @@ class AttentionView:
     scale: float
     visual_N: torch.Tensor
     v_BGTd: torch.Tensor | None = None
+    visible_SS: torch.Tensor | None = None
 
     @property
     def num_queries(self) -> int:
@@ -70,7 +76,7 @@ class AttentionView:
         return self.q_BHSd[:, :, index_R.to(self.q_BHSd.device)]
 
     def rows(self, index_R: torch.Tensor) -> torch.Tensor:
-        """Causal attention rows of the queries `index_R`, float32 [1, H, R, S].
+        """Attention rows of the queries `index_R`, float32 [1, H, R, S], as the layer has them.
 
         The columns of earlier turns are part of the softmax and are cut off afterwards. O(R T d).
         """
@@ -81,7 +87,8 @@ class AttentionView:
             self.queries(index_R),
             self.k_BGTd,
             scale=self.scale,
-            row_positions=index_R + self.num_past,
+            row_positions=index_R + self.num_past if self.visible_SS is None else None,
+            attn_mask=self._visible_rows(index_R),
         )
         return rows[..., self.num_past :]
 
@@ -97,9 +104,15 @@ class AttentionView:
             self.queries(torch.arange(first, self.num_queries)),
             self.k_BGTd,
             scale=self.scale,
-            causal=True,
+            causal=self.visible_SS is None,
+            attn_mask=self._visible_rows(torch.arange(first, self.num_queries)),
         )
         return sum_BT[:, self.num_past :] / num
+
+    def _visible_rows(self, index_R: torch.Tensor) -> torch.Tensor | None:
+        if self.visible_SS is None:
+            return None
+        return torch.nn.functional.pad(self.visible_SS[index_R], (self.num_past, 0), value=True)
 
     def last_row(self) -> torch.Tensor:
         """Attention of the last token, float32 [1, H, S]."""
@@ -356,6 +369,12 @@ class CacheContext(Context):
         id_N: stable numbers of the tokens, the same in every layer, int64 [N].
         last_token_attention: `last_token_attention(layer)` gives the attention of the last token of
             a layer declared in `attention_layers` to these tokens, float32 [N], mean over heads.
+        attention: gives the `AttentionView` of the layer, where `attention_layers` names it.
+        sample: which sample of the batch; rows that beam search adds count as their sample.
+        visual_N: positions of the visual tokens among the S tokens that the layer saw, int64 [N].
+        column_S: places of those S tokens in the prompt before any reduction, without padding;
+            int64 [S], as in `RuleContext`.
+        num_columns: tokens of the prompt before any reduction.
     """
 
     layer: int = 0
@@ -364,6 +383,11 @@ class CacheContext(Context):
     item_N: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     id_N: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     last_token_attention: Callable[[int], torch.Tensor] = lambda layer: _no_attention(layer)
+    attention: Callable[[], AttentionView] = lambda: _absent("attention")
+    sample: int = 0
+    visual_N: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    column_S: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    num_columns: int = 0
 
 
 def _no_attention(layer: int) -> NoReturn:

@@ -24,6 +24,7 @@ from foveate.core.context import (
 )
 from foveate.core.grid import Grid
 from foveate.core.reduction import Reduction
+from foveate.core.rule import AttentionRule, RuleContext
 from foveate.core.tokens import Tokens
 
 if TYPE_CHECKING:
@@ -58,6 +59,8 @@ class Method:
             that layer and all deeper ones; otherwise they keep theirs. M-RoPE models always do.
         reads_values: the views of `attention_layers` and `encoder_layers` hold values, too, and so
             does the context of the encoder stage.
+        one_cache_choice: what `cache` returns behind the last layer holds for all layers; it is
+            asked behind every layer, to gather evidence, and returns None before.
         encoder_point: where the encoder stage acts in a block: "after_attention" (between
             attention and MLP), "block_start" or "block_end".
 
@@ -79,6 +82,7 @@ class Method:
     any_tokens: ClassVar[bool] = False
     renumbers: ClassVar[bool] = False
     reads_values: ClassVar[bool] = False
+    one_cache_choice: ClassVar[bool] = False
     encoder_point: ClassVar[Literal["after_attention", "block_start", "block_end"]] = (
         "after_attention"
     )
@@ -95,7 +99,18 @@ class Method:
 
     @classmethod
     def stages(cls) -> tuple[Stage, ...]:
-        """The stages this class overrides, in the order of data flow."""
+        """The stages this class acts at, in the order of data flow.
+
+        Those it overrides; an attention rule acts at the decoder.
+        """
+        acts = set(cls.reducing_stages())
+        if cls.attention_rule is not Method.attention_rule:
+            acts.add("decoder")
+        return tuple(stage for stage in STAGES if stage in acts)
+
+    @classmethod
+    def reducing_stages(cls) -> tuple[Stage, ...]:
+        """The stages at which this class takes tokens away, in the order of data flow."""
         return tuple(
             stage
             for stage in STAGES
@@ -180,6 +195,15 @@ class Method:
         token attends to what is left. None leaves the sample alone.
         """
         raise NotImplementedError
+
+    def attention_rule(self, context: RuleContext) -> AttentionRule | None:
+        """Change how one sample's tokens attend in the decoder, before its first layer runs.
+
+        Asked once for a prompt with visual tokens, behind the projector stage. The rule reduces
+        nothing, goes with the tokens that later stages leave, and holds while decoding. It belongs
+        to the decoder stage: "name@cache" leaves it out, and a budget of 1 switches it off.
+        """
+        return None
 
     def observe(
         self, input_1SD: torch.Tensor, output_1SD: torch.Tensor, context: ModuleContext

@@ -40,8 +40,9 @@ class Recipe:
     """An ordered set of methods.
 
     The budget of a call goes to one method: the one at the projector, else in the decoder, else at
-    the cache, else in the encoder. Every other method keeps the budget written into the recipe
-    ("tome(retain=0.6)") or its published default. A budget of 1 switches all of them off.
+    the cache, else in the encoder; a method that only changes attention takes none. Every other
+    method keeps the budget written into the recipe ("tome(retain=0.6)") or its published default. A
+    budget of 1 switches all of them off.
 
     Args:
         steps: the methods in the order in which they act within a stage.
@@ -230,7 +231,11 @@ class Recipe:
         main: int | None = None
         if budget.retain is not None or budget.tokens is not None:
             for stage in _BUDGET_ORDER:
-                candidates = [index for index in self.at(stage) if index in free]
+                candidates = [
+                    index
+                    for index in self.at(stage)
+                    if index in free and stage in self.steps[index].method.reducing_stages()
+                ]
                 if len(candidates) > 1:
                     names = " and ".join(self.steps[i].method.name for i in candidates)
                     raise RecipeError(
@@ -240,6 +245,11 @@ class Recipe:
                 if candidates:
                     main = candidates[0]
                     break
+            if main is None and not any(step.reduces for step in self.steps):
+                raise RecipeError(
+                    f"{self} changes attention and reduces nothing, so it takes no budget: drop "
+                    f'retain/tokens, or add a method that reduces, e.g. "divprune + {self}".'
+                )
             if main is None:
                 raise RecipeError(
                     f"Every method of {self} has a budget of its own; drop retain/tokens here."

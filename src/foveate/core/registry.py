@@ -42,6 +42,7 @@ _BUILTIN: dict[str, str] = {
     "vidcom2": "foveate.methods.vidcom2:VidCom2",
     "video_xl2": "foveate.methods.video_xl2:VideoXL2",
     "visionzip": "foveate.methods.visionzip:VisionZip",
+    "vista_llama": "foveate.methods.vista_llama:VistaLLaMA",
 }
 _methods: dict[str, str | type[Method]] = dict(_BUILTIN)
 _outside_loaded = False

@@ -52,6 +52,11 @@ class Step:
             # "No budget" would read as "the default" once written down; what it means is all.
             object.__setattr__(self, "budget", Budget(retain=1.0))
 
+    @property
+    def reduces(self) -> bool:
+        """Whether it takes tokens away at any of its stages, or only changes attention."""
+        return bool(set(self.stages) & set(self.method.reducing_stages()))
+
     def __str__(self) -> str:
         arguments = [f"{name}={value!r}" for name, value in self.method.arguments().items()]
         if self.budget is not None:

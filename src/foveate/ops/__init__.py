@@ -14,6 +14,7 @@ from foveate.ops.allocate import (
 from foveate.ops.cluster import dpc_knn, k_centre, k_medoids, kmeans
 from foveate.ops.coverage import facility_location
 from foveate.ops.diversity import max_sum_diversity
+from foveate.ops.equal_distance import equal_distance_attention
 from foveate.ops.merge import (
     Matching,
     bipartite_matching,
@@ -63,6 +64,7 @@ __all__ = [
     "cosine_similarity_matrix",
     "dpc_knn",
     "earlier_layers",
+    "equal_distance_attention",
     "facility_location",
     "gather_tokens",
     "halving_weights",
