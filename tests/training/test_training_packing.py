@@ -119,7 +119,9 @@ def test_visual_tokens_are_those_of_the_model(model: Any) -> None:
         mine = visual_tokens(model, pixels)
         theirs = model.get_video_features(normalise(pixels)).pooler_output
     assert mine.shape == (2, SIZE.visual_tokens, SIZE.text[0])
-    torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-5)
+    # transformers 5.16 joins the closing token to them later.
+    assert theirs.shape[1] in (SIZE.visual_tokens - 1, SIZE.visual_tokens)
+    torch.testing.assert_close(mine[:, : theirs.shape[1]], theirs, atol=1e-6, rtol=1e-5)
     assert torch.equal(mine[1, -1], model.model.image_newline)
 
 
