@@ -99,7 +99,7 @@ def _intro(result: BenchResult) -> str:
         "made: [Accuracy against budget](bench.md). These are measurements of this project on one "
         "model and one suite; papers' own claims are on the [method pages](methods/index.md).\n\n"
         + "\n".join(f"- {name}: {cell_text(said)}" for name, said in facts)
-        + f"\n\n```bash\n{portable(run['command'])}\npython scripts/leaderboard.py report\n```"
+        + f"\n\n```bash\n{portable(run['command'])}\npython scripts/leaderboard.py {result.folder.name}\n```"
     )
 
 
@@ -166,8 +166,8 @@ def _costs(result: BenchResult) -> str:
         "Visual tokens in a layer of the language model (mean over its layers), FLOPs of the whole "
         "call in % of the untouched model's, and time to the first token as a multiple of the "
         f"untouched model's ({first}), measured in the same minutes. On a model this small "
-        "fixed costs dominate the time.\n\n"
-        + table(["method", *map(text.budget, result.budgets)], rows)
+        "fixed costs dominate the time. Methods of the cache stage shorten what is decoded "
+        "from, not the prompt.\n\n" + table(["method", *map(text.budget, result.budgets)], rows)
     )
 
 
