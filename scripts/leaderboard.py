@@ -99,7 +99,8 @@ def _intro(result: BenchResult) -> str:
         "made: [Accuracy against budget](bench.md). These are measurements of this project on one "
         "model and one suite; papers' own claims are on the [method pages](methods/index.md).\n\n"
         + "\n".join(f"- {name}: {cell_text(said)}" for name, said in facts)
-        + f"\n\n```bash\n{portable(run['command'])}\npython scripts/leaderboard.py {result.folder.name}\n```"
+        + f"\n\n```bash\n{portable(run['command'])}\n"
+        f"python scripts/leaderboard.py {result.folder.name}\n```"
     )
 
 
