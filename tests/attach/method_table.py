@@ -80,6 +80,12 @@ METHOD_TABLE: dict[str, Row] = {
     "quickvideo": Row("quickvideo(group_frames=2)", ("cache",)),
     "random": Row("random", ("projector",), exact=False),
     # Random models look at their images to the end: an impossible threshold lets the tokens go.
+    "safewatch": Row(
+        # The text behind the visual tokens ends in two policies and a query of one token.
+        "safewatch(policies=((-4, -2), (-2, -1)))",
+        ("decoder", "cache"),
+        reads_text=True,
+    ),
     "todre": Row("todre(tau=1.1)", ("projector", "decoder"), exact=False),
     "tome": Row(
         "tome",

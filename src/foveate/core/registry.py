@@ -34,6 +34,7 @@ _BUILTIN: dict[str, str] = {
     "pyramiddrop": "foveate.methods.pyramiddrop:PyramidDrop",
     "quickvideo": "foveate.methods.quickvideo:QuickVideo",
     "random": "foveate.methods.random:Random",
+    "safewatch": "foveate.methods.safewatch:SafeWatch",
     "todre": "foveate.methods.todre:ToDRE",
     "tome": "foveate.methods.tome:ToMe",
     "transprune": "foveate.methods.transprune:TransPrune",

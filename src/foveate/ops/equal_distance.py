@@ -11,8 +11,8 @@ from torch import Tensor
 
 from foveate.ops._common import require_shape
 
-#: Logits held at once: 64 MiB of float32.
-_TILE = 2**24
+#: Logits held at once: what caches of a CPU hold (2 MiB in float32), what keeps a GPU busy.
+_TILE_CPU, _TILE_GPU = 2**19, 2**26
 
 
 def equal_distance_attention(
@@ -24,7 +24,7 @@ def equal_distance_attention(
     *,
     attn_mask: Tensor | None = None,
     scale: float | None = None,
-    tile: int = _TILE,
+    tile: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Attend to some keys with raw queries and to all others with rotated ones, in one softmax.
 
@@ -34,6 +34,10 @@ def equal_distance_attention(
     because reading the keys is what costs there. Rows are worked off in tiles, so that memory is
     O(B H M) rows of logits and not N times that. Time O(B H N M D), half of it when causal.
 
+    Against fused attention without such keys (float32, one busy CPU core, D = 128): 1.2 times the
+    time for 512 rows of 32 heads, 1.5 times for 2048 rows of 28 heads on 4 key heads, 0.4 to 0.6
+    times for one row on 4096 and 16384 keys.
+
     Args:
         q_rotated_BHND, q_raw_BHND: queries [B, H, N, D] with and without rotary positions.
         k_BGMD: keys [B, G, M, D], unrotated where `unrotated_BM` says so, rotated elsewhere.
@@ -42,7 +46,7 @@ def equal_distance_attention(
         attn_mask: bool (True = attend) or additive, [B or 1, 1 or H, N, M]; None is causal, aligned
             to the end.
         scale: factor on the logits, default `D ** -0.5`.
-        tile: most logits held at once.
+        tile: most logits held at once; None: what suits the device.
 
     Returns:
         Output [B, H, N, D'] in the dtype of the values, and the weights [B, H, N, M] in that dtype
@@ -68,6 +72,8 @@ def equal_distance_attention(
     if G == 0 or H % G:
         raise ValueError(f"The {G} key heads must divide the {H} query heads.")
     factor = D**-0.5 if scale is None else scale
+    if tile is None:
+        tile = _TILE_CPU if k_BGMD.device.type == "cpu" else _TILE_GPU
     rows = max(1, min(N, tile // max(B * H * M, 1)))
     runs = None if N == 1 else _runs(unrotated_BM)
     outs, weights_BHNM = [], None
