@@ -33,7 +33,8 @@ def plan_cells(
     """The untouched model once, then every recipe at every budget, then the baselines.
 
     Args:
-        recipes: recipes, or a text as in `split_recipes`; "all" is every registered method.
+        recipes: recipes, or a text as in `split_recipes`; "all" is every registered method that
+            reduces and needs no arguments.
         retain: fractions of visual tokens kept, in (0, 1].
         baselines: add random, uniform and pool where they are not named.
 
@@ -112,6 +113,7 @@ def parse_budgets(text: str) -> list[float]:
 
 
 def _all_methods() -> list[Recipe]:
+    """Every method that reduces and runs with its defaults."""
     found = []
     for name in list_methods():
         try:
@@ -119,5 +121,11 @@ def _all_methods() -> list[Recipe]:
         except Exception as error:  # one broken plug-in must not take the others down with it
             warnings.warn(f"{name} is left out: {type(error).__name__}: {error}", stacklevel=2)
             continue
-        found.append(Recipe.of(name))
+        recipe = Recipe.of(name)
+        try:
+            recipe.steps[0].method.check(None, None)
+        except ValueError:
+            continue  # it has to be told something about the prompt first
+        if recipe.steps[0].reduces:  # a rule of attention has no budget to sweep over
+            found.append(recipe)
     return found
