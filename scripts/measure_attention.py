@@ -70,8 +70,8 @@ def main(clips: int) -> None:
     for tau in (0.65, 0.8, 0.9):
         alike = (change < 1 - tau).float()
         print(
-            f"similarity to the frame before above {tau}: {alike[changed].mean():.1%} of the tokens "
-            f"whose content changes, {alike[~changed].mean():.1%} of the others"
+            f"similarity to the frame before above {tau}: {alike[changed].mean():.1%} of the "
+            f"tokens whose content changes, {alike[~changed].mean():.1%} of the others"
         )
 
 
