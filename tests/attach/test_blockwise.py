@@ -365,7 +365,7 @@ class Uneven(Method):
 
 @pytest.mark.parametrize("recipe", ["fastv(retain=0.5) + video_xl2", "aim(retain=0.5) + video_xl2"])
 def test_decoder_methods_beside_it_are_refused(recipe):
-    with pytest.raises(AttachmentError, match="removes tokens between layers"):
+    with pytest.raises(AttachmentError, match="changes what layers see or hold"):
         foveate.reduce(model_of("llava_onevision"), recipe)
 
 

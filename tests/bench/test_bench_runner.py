@@ -261,7 +261,7 @@ def test_a_batch_too_large_for_the_memory_is_halved(
 
     monkeypatch.setattr(Generator, "generate", small)
     bench(out=tmp_path / "small")
-    assert max(sizes) == 8 and answers(tmp_path / "small") == answers(tmp_path / "out")
+    assert max(sizes) > 2 and answers(tmp_path / "small") == answers(tmp_path / "out")
     assert stable(tmp_path / "small") == stable(tmp_path / "out")
 
 

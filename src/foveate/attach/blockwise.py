@@ -73,7 +73,7 @@ def plan_blockwise(
     if decoder:
         raise AttachmentError(
             f"{method.name} reads the prompt in the same blocks in every layer, and "
-            f"{recipe.steps[decoder[0]].method.name} removes tokens between layers: use one of "
+            f"{recipe.steps[decoder[0]].method.name} changes what layers see or hold: use one of "
             "them, or a method at the projector beside it."
         )
     policy = method.card.positions if recipe.positions == "auto" else recipe.positions
