@@ -98,7 +98,8 @@ def _intro(result: BenchResult) -> str:
         f"{plain.accuracy} of them. What the figures mean and how the intervals are "
         "made: [Accuracy against budget](bench.md). These are measurements of this project on one "
         "model and one suite; papers' own claims are on the [method pages](methods/index.md).\n\n"
-        "Every method runs as it was published, and most were published with positions numbered "
+        "Not here: `vista_llama`, which changes attention and removes nothing, and `safewatch`, "
+        "which needs policies in its prompt. Every method runs as it was published, and most were published with positions numbered "
         "anew. That alone costs this model the sense of time; what the same methods do with their "
         "tokens' own positions is on [a page of its own](leaderboard-positions.md).\n\n"
         + "\n".join(f"- {name}: {cell_text(said)}" for name, said in facts)
