@@ -99,8 +99,8 @@ def _intro(result: BenchResult) -> str:
         "made: [Accuracy against budget](bench.md). These are measurements of this project on one "
         "model and one suite; papers' own claims are on the [method pages](methods/index.md).\n\n"
         "Not here: `vista_llama`, which changes attention and removes nothing, and `safewatch`, "
-        "which needs policies in its prompt. Every method runs as it was published, and most were published with positions numbered "
-        "anew. That alone costs this model the sense of time; what the same methods do with their "
+        "which needs policies in its prompt. Every method runs as it was published, and most were "
+        "published with positions numbered anew. That alone costs this model the sense of time; what the same methods do with their "
         "tokens' own positions is on [a page of its own](leaderboard-positions.md).\n\n"
         + "\n".join(f"- {name}: {cell_text(said)}" for name, said in facts)
         + f"\n\n```bash\n{portable(run['command'])}\n"

@@ -74,8 +74,8 @@ def _accuracy(test: dict[str, Any]) -> Iterable[str]:
     yield (
         f"Clips of the split `{test['split']}`, which training never sees. *One frame* shows the "
         "same random frame of the clip all the time, *no picture* grey frames: what the wording "
-        "alone gives away. *Where*, *count*, *reading* and most of *what* are about things that one "
-        "frame shows; the other tasks need the clip."
+        "alone gives away. *Where*, *count*, *reading* and most of *what* are about things that "
+        "one frame shows; the other tasks need the clip."
         + (
             " Plus or minus: 95 % of the binomial distribution, which takes questions about one "
             "clip for independent ones and so is a little narrow."
