@@ -100,8 +100,9 @@ def _intro(result: BenchResult) -> str:
         "model and one suite; papers' own claims are on the [method pages](methods/index.md).\n\n"
         "Not here: `vista_llama`, which changes attention and removes nothing, and `safewatch`, "
         "which needs policies in its prompt. Every method runs as it was published, and most were "
-        "published with positions numbered anew. That alone costs this model the sense of time; what the same methods do with their "
-        "tokens' own positions is on [a page of its own](leaderboard-positions.md).\n\n"
+        "published with positions numbered anew. That alone costs this model the sense of time; "
+        "what the same methods do with their tokens' own positions is on [a page of its own]"
+        "(leaderboard-positions.md).\n\n"
         + "\n".join(f"- {name}: {cell_text(said)}" for name, said in facts)
         + f"\n\n```bash\n{portable(run['command'])}\n"
         f"python scripts/leaderboard.py {result.folder.name}\n```"
