@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -153,7 +154,9 @@ def test_interrupting_a_real_process_leaves_a_folder_that_goes_on(
     budgets = ",".join(f"0.{n}" for n in range(100, 400))
     options = arguments(model, clips, out, "-r", "fastv", "--retain", budgets)
     command = [sys.executable, "-m", "foveate", "bench", *map(str, options)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # A suite started in the background ignores SIGINT, and so would its children.
+    hear = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=hear)
     deadline = time.monotonic() + 90
     while not (out / "cells.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
