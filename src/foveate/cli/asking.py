@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.markup import escape
 from rich.table import Table
 
@@ -20,17 +19,11 @@ from foveate.checkpoints import (
     open_clip,
     sample_frames,
 )
+from foveate.cli.options import checked_dtype
 from foveate.cli.output import facts, out, print_json, progress, recipe_line, stage_table
 from foveate.core import Recipe
 from foveate.view.answer import Answer, ask
 from foveate.view.html import check_destination, save_report
-
-_DTYPES = {
-    "auto": None,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 
 
 @dataclass(frozen=True)
@@ -56,8 +49,7 @@ class Asking:
         Raises:
             ValueError: an option is out of range.
         """
-        if self.dtype not in _DTYPES:
-            raise ValueError(f"unknown dtype {self.dtype!r}; choose one of {', '.join(_DTYPES)}.")
+        dtype = checked_dtype(self.dtype)
         if self.output is not None:
             check_destination(self.output)
         made = Recipe.of(self.recipe)
@@ -72,7 +64,7 @@ class Asking:
                     "or frame; give it a clip, or name another checkpoint with --model."
                 )
             tell("load the model", 0, 1)
-            model, processor = load_model(self.model, device=self.device, dtype=_DTYPES[self.dtype])
+            model, processor = load_model(self.model, device=self.device, dtype=dtype)
 
         def answer(recipe: Recipe | None, title: str) -> Answer:
             budget = self.budget if recipe is not None else {}

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.markup import escape
 from rich.table import Table
 
@@ -19,14 +18,9 @@ from foveate.bench.plan import parse_budgets, plan_cells
 from foveate.bench.results import BenchResult
 from foveate.bench.runner import run_bench
 from foveate.bench.suite import open_suite
+from foveate.cli.options import checked_dtype
 from foveate.cli.output import err, out, print_json, progress
 
-_DTYPES = {
-    "auto": None,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 _SHOWN = 10
 
 
@@ -57,8 +51,7 @@ class Benching:
         Raises:
             ValueError: an option is out of range.
         """
-        if self.dtype not in _DTYPES:
-            raise ValueError(f"unknown dtype {self.dtype!r}; choose one of {', '.join(_DTYPES)}.")
+        dtype = checked_dtype(self.dtype)
         budgets = parse_budgets(self.retain)
         plan_cells(self.recipes, budgets)  # a misspelt recipe is found before anything is read
         tasks = (
@@ -80,7 +73,7 @@ class Benching:
                 repeats=self.repeats,
                 seed=self.seed,
                 device=self.device,
-                dtype=_DTYPES[self.dtype],
+                dtype=dtype,
                 retry_failed=self.retry_failed,
                 progress=tell,
                 on_cell=on_cell,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    import torch
 
 Recipe_ = Annotated[
     str,
@@ -43,3 +46,22 @@ def checked_device(name: str) -> str:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"the device {name!r} cannot be used here: {error}") from error
     return name
+
+
+def checked_dtype(name: str) -> torch.dtype | None:
+    """The type of a model's weights, checked; None leaves it to the device.
+
+    Raises:
+        ValueError: there is no such type.
+    """
+    import torch
+
+    known = {
+        "auto": None,
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "float16": torch.float16,
+    }
+    if name not in known:
+        raise ValueError(f"unknown dtype {name!r}; choose one of {', '.join(known)}.")
+    return known[name]
