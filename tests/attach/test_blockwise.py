@@ -20,7 +20,7 @@ from foveate.attach.unrotated import unrotate
 from foveate.core import Budget, CacheContext, Card, Method, Reduction
 from foveate.core.blocks import Blocks
 from foveate.core.flops import prefill_flops
-from foveate.errors import AttachmentError
+from foveate.errors import RecipeError
 from foveate.methods.video_xl2 import VideoXL2, cache_length, number_units
 from foveate.models.dims import text_dims
 from foveate.models.registry import adapter_for
@@ -365,12 +365,12 @@ class Uneven(Method):
 
 @pytest.mark.parametrize("recipe", ["fastv(retain=0.5) + video_xl2", "aim(retain=0.5) + video_xl2"])
 def test_decoder_methods_beside_it_are_refused(recipe):
-    with pytest.raises(AttachmentError, match="changes what layers see or hold"):
+    with pytest.raises(RecipeError, match="changes what layers see or hold"):
         foveate.reduce(model_of("llava_onevision"), recipe)
 
 
 def test_other_cache_methods_beside_it_are_refused():
-    with pytest.raises(AttachmentError, match="quickvideo would reduce what is reduced"):
+    with pytest.raises(RecipeError, match="quickvideo would reduce what is reduced"):
         foveate.reduce(model_of("llava_onevision"), "video_xl2(retain=0.5) + quickvideo")
 
 

@@ -9,7 +9,7 @@ import torch
 
 import foveate
 from foveate.core import Card, Method, Reduction
-from foveate.errors import AttachmentError, RecipeError
+from foveate.errors import RecipeError
 from tiny import tiny_inputs, tiny_model
 
 
@@ -40,7 +40,7 @@ def test_second_projector_method_sees_what_the_first_left(model, video):
 
 def test_four_stages_at_once(model, video):
     recipe = "tome(retain=0.7)@encoder + holitom + quickvideo(retain=0.5)"
-    with torch.no_grad(), foveate.reduce(model, recipe, retain=0.5) as run:
+    with torch.no_grad(), foveate.reduce(model, recipe, retain=0.25) as run:
         out = model.generate(**video, max_new_tokens=3, do_sample=False)
     stages = [(entry.stage, entry.method) for entry in run.report.stages]
     for expected in (("encoder", "tome"), ("projector", "holitom"), ("decoder", "holitom")):
@@ -53,7 +53,7 @@ def test_four_stages_at_once(model, video):
 
 
 def test_method_that_reads_frames_must_come_first(model):
-    with pytest.raises(AttachmentError, match="put it first"):
+    with pytest.raises(RecipeError, match="put it first"):
         foveate.reduce(model, "divprune(retain=0.5) + holitom", retain=0.5)
     assert not any(module._forward_hooks for module in model.model.language_model.layers)
 
@@ -78,6 +78,31 @@ def test_padding_of_a_reduction_never_becomes_a_token(model, video):
     assert out.logits.shape[1] == video["input_ids"].shape[1] - item.before + 2
 
 
-def test_shared_stage_needs_budgets(model):
-    with pytest.raises(RecipeError, match="budget of its own"):
-        foveate.reduce(model, "pool + divprune", retain=0.5)
+@pytest.mark.parametrize(
+    ("recipe", "each"),
+    [
+        ("pool + divprune", (0.5, 0.5)),
+        ("divprune + fastv", (0.5, 0.5)),
+        ("divprune(share=3) + fastv", (0.25**0.75, 0.25**0.25)),
+        ("divprune(retain=0.4) + fastv", (0.4, 0.625)),
+    ],
+)
+def test_the_budget_is_what_all_leave_together(model, video, recipe, each):
+    with torch.no_grad(), foveate.reduce(model, recipe, retain=0.25) as run:
+        model(**video)
+    report = run.report
+    before, text = report.visual_before, report.prompt_lengths[0] - report.visual_after
+    left = report.layer_lengths[0][-1] - text
+    assert abs(left - 0.25 * before) <= 2
+    if "fastv" in recipe:
+        assert abs(report.visual_after - each[0] * before) <= 2
+        assert abs(left - each[1] * report.visual_after) <= 2
+
+
+def test_a_count_is_what_all_leave_together(model, video):
+    with torch.no_grad(), foveate.reduce(model, "divprune + fastv", tokens=4) as run:
+        model(**video)
+    report = run.report
+    text = report.prompt_lengths[0] - report.visual_after
+    assert report.layer_lengths[0][-1] - text == 4
+    assert report.visual_after == round((4 * report.visual_before) ** 0.5)

@@ -232,45 +232,97 @@ class TestOtherVersions:
 
 
 class TestBudgets:
-    def of(self, text: str, **budget) -> list[float | int | None]:
+    def of(self, text: str, **budget) -> list:
         found = Recipe.parse(text).budgets(Budget(**budget))
         return [b.retain if b.retain is not None else b.tokens for b in found]
 
     @pytest.mark.parametrize(
         ("text", "expected"),
         [
-            ("holitom", [0.3]),
-            ("tome + holitom", [ToMe.card.retain, 0.3]),
-            ("holitom + tome", [0.3, ToMe.card.retain]),
-            ("tome(retain=0.6) + fastv", [0.6, 0.3]),
-            ("quickvideo + fastv", [0.5, 0.3]),
-            ("quickvideo + tome", [0.3, ToMe.card.retain]),
-            ("divprune(retain=0.6) + pool", [0.6, 0.3]),
-            ("divprune(retain=0.6) + fastv", [0.6, 0.3]),
-            ("tome", [0.3]),
+            ("holitom", [0.36]),
+            ("tome + holitom", [ToMe.card.retain, 0.36]),
+            ("holitom + tome", [0.36, ToMe.card.retain]),
+            ("tome(retain=0.6) + fastv", [0.6, 0.36]),
+            ("quickvideo + tome", [0.36, ToMe.card.retain]),
+            ("divprune + vista_llama", [0.36, 0.25]),
+            ("tome", [0.36]),
+            ("tome + divprune(retain=0.5)", [0.36, 0.5]),
         ],
     )
-    def test_the_call_s_budget_goes_to_one_method(self, text: str, expected: list) -> None:
-        assert self.of(text, retain=0.3) == expected
+    def test_a_method_alone_takes_it_all(self, text: str, expected: list) -> None:
+        assert self.of(text, retain=0.36) == expected
+
+    @pytest.mark.parametrize(
+        ("text", "expected"),
+        [
+            ("quickvideo + fastv", [0.6, 0.6]),
+            ("tome(retain=0.7) + divprune + fastv", [0.7, 0.6, 0.6]),
+            ("divprune(share=3) + fastv", [0.36**0.75, 0.36**0.25]),
+            ("divprune(retain=0.6) + fastv", [0.6, 0.6]),
+            ("pool(retain=0.6) + divprune", [0.6, 0.6]),
+            ("divprune(retain=0.9) + fastv + quickvideo(share=3)", [0.9, 0.4**0.25, 0.4**0.75]),
+        ],
+    )
+    def test_fractions_multiply_to_the_budget(self, text: str, expected: list) -> None:
+        assert self.of(text, retain=0.36) == pytest.approx(expected)
+
+    def test_counts_end_at_the_budget(self) -> None:
+        def walk(text: str, tokens: int) -> list[int]:
+            seen = [1000]
+            for budget in Recipe.parse(text).budgets(Budget(tokens=tokens)):
+                seen.append(budget.count(seen[-1]))
+            return seen
+
+        assert walk("divprune + fastv", 10) == [1000, 100, 10]
+        assert walk("divprune(share=2) + fastv", 1) == [1000, 100 // 10, 1]
+        assert walk("divprune + fastv(retain=0.5)", 10) == [1000, 20, 10]
+        assert walk("divprune + fastv + quickvideo", 1) == [1000, 100, 10, 1]
+        assert walk("divprune(tokens=400) + fastv", 10) == [1000, 400, 10]
+        assert walk("divprune + fastv", 2000) == [1000, 1000, 1000]
+
+    def test_the_data_decide_the_order_not_the_recipe(self) -> None:
+        budgets = Recipe.parse("quickvideo + divprune").budgets(Budget(tokens=10))
+        assert [b.count(n) for b, n in zip(budgets, (100, 1000), strict=True)] == [10, 100]
 
     def test_without_one_all_take_their_own_or_the_published(self) -> None:
         assert self.of("tome + holitom(retain=0.2)") == [ToMe.card.retain, 0.2]
+        assert self.of("pool + divprune") == [0.25, get_method("divprune").card.retain]
 
     def test_one_switches_everything_off(self) -> None:
         assert self.of("tome(retain=0.6) + holitom", retain=1.0) == [1.0, 1.0]
-        assert self.of("divprune + pool", retain=1) == [1.0, 1.0], "no matter who would take it"
+        assert self.of("pool(retain=0.1) + divprune", retain=1) == [1.0, 1.0]
         assert self.of("tome(retain=0.6) + holitom", retain=(1.0, 1.0)) == [1.0, 1.0]
 
     def test_absolute_and_per_sample(self) -> None:
         assert self.of("tome + divprune", tokens=64) == [ToMe.card.retain, 64]
         assert self.of("tome + divprune", retain=(0.5, 0.1))[1] == (0.5, 0.1)
+        assert self.of("fastv + divprune", retain=(0.25, 0.01)) == [(0.5, 0.1), (0.5, 0.1)]
+        halves = self.of("fastv(retain=(0.5, 0.2)) + divprune", retain=0.1)
+        assert halves == [(0.5, 0.2), (0.2, 0.5)]
+        with pytest.raises(ValueError, match=r"name \[3, 2\] samples"):
+            self.of("fastv(retain=(0.5, 0.2)) + divprune", retain=(0.1, 0.1, 0.1))
 
-    def test_nobody_or_everybody_could_take_it(self) -> None:
-        with pytest.raises(RecipeError, match=r"divprune and pool both act at the projector"):
-            self.of("divprune + pool", retain=0.5)
+    def test_a_budget_that_the_recipe_cannot_keep(self) -> None:
         with pytest.raises(RecipeError, match="has a budget of its own; drop retain/tokens"):
             self.of("divprune(retain=0.5)", retain=0.5)
-        assert self.of("divprune + pool") == [get_method("divprune").card.retain, 0.25]
+        with pytest.raises(RecipeError, match=r"leaves too little: the recipe cannot keep 0.6"):
+            self.of("divprune(retain=0.5) + fastv", retain=0.6)
+        with pytest.raises(RecipeError, match="is an absolute count"):
+            self.of("divprune(tokens=64) + fastv", retain=0.5)
+        with pytest.raises(RecipeError, match="reduces nothing"):
+            self.of("vista_llama", retain=0.5)
+        assert self.of("divprune(retain=0.5) + fastv", retain=0.5) == [0.5, 1.0]
+
+    @pytest.mark.parametrize("share", ["0", "-1", "'2'", "True", "2, retain=0.5"])
+    def test_a_share_that_is_none(self, share: str) -> None:
+        with pytest.raises(RecipeError, match="share"):
+            Recipe.parse(f"divprune(share={share})")
+
+    def test_shares_are_written_down(self) -> None:
+        recipe = Recipe.parse("divprune(share=2) + fastv")
+        assert str(recipe) == "divprune(share=2) + fastv"
+        assert Recipe.from_json(recipe.to_json()) == recipe
+        assert recipe.with_arguments(layer=3).steps[0].share == 2
 
     def test_a_step_that_keeps_all_says_so(self) -> None:
         step = Step(ToMe(), ("encoder",), Budget())
@@ -281,6 +333,39 @@ class TestBudgets:
         recipe = Recipe.parse("tome + holitom + fastv")
         assert (recipe.at("encoder"), recipe.at("projector")) == ([0], [1])
         assert (recipe.at("decoder"), recipe.at("cache")) == ([1, 2], [])
+
+
+class TestConflicts:
+    @pytest.mark.parametrize(
+        ("text", "reason"),
+        [
+            ("divprune + holitom", "holitom reads the frames and rows of an item"),
+            ("transprune + pyramiddrop", "both number the tokens anew"),
+            ("pyramiddrop + lvlm_csp", "lvlm_csp brings tokens back"),
+            ("lvlm_csp + pyramiddrop", "lvlm_csp brings tokens back"),
+            ("video_xl2 + quickvideo", "quickvideo would reduce what is reduced"),
+            ("quickvideo + video_xl2", "quickvideo would reduce what is reduced"),
+            ("dycoke + quickvideo", "dycoke chooses once for the caches"),
+            ("fastv + video_xl2", "changes what layers see or hold"),
+        ],
+    )
+    def test_refused_with_the_reason(self, text: str, reason: str) -> None:
+        with pytest.raises(RecipeError, match=reason):
+            Recipe.parse(text).budgets(Budget(retain=0.25))
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "holitom + divprune",
+            "holitom@projector + pyramiddrop@decoder",
+            "transprune + fastv",
+            "dycoke@projector + quickvideo",
+            "divprune + video_xl2",
+            "todre@projector + vista_llama",
+        ],
+    )
+    def test_what_goes_together(self, text: str) -> None:
+        assert len(Recipe.parse(text).budgets(Budget(retain=0.25))) == 2
 
 
 class TestCount:
@@ -299,6 +384,6 @@ class TestCount:
         assert 196 <= tokens < 784 and not exact
 
     def test_several_give_a_bound(self) -> None:
-        tokens, exact = self.count("divprune(retain=0.5) + pool", retain=0.5)
-        assert tokens <= 392 and not exact
-        assert self.count("divprune(retain=1.0) + pool", retain=0.25) == (196, True)
+        tokens, exact = self.count("pool(retain=0.5) + divprune", retain=0.25)
+        assert 196 <= tokens <= 392 and not exact
+        assert self.count("pool(retain=1.0) + divprune", retain=0.25) == (196, True)

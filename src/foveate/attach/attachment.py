@@ -249,7 +249,6 @@ class Attachment(OfOneModel):
         num_layers = len(adapter.layers(self.model))
         for step in self.recipe:
             step.method.check(unique[0].feature_block + 1, num_layers)
-        self._check_order()
         signals = self._signals(adapter, all(tower.has_cls for tower in unique))
         for tower in unique:
             self._block_reads(tower, signals)  # refuses blocks that do not exist
@@ -291,15 +290,6 @@ class Attachment(OfOneModel):
         )
         language = LanguageStage(self.model, adapter, self._watch, settings)
         language.install(self._handles)
-
-    def _check_order(self) -> None:
-        for index in self.recipe.at("projector")[1:]:
-            method = self.recipe.steps[index].method
-            if not method.any_tokens:
-                raise AttachmentError(
-                    f"{method.name} reads the frames and rows of an item, so no other projector "
-                    f"method can come before it: put it first in {self.recipe}."
-                )
 
     def _check_feature_layers(self, adapter: Adapter) -> None:
         key = adapter.feature_layer_key

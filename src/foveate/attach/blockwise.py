@@ -54,28 +54,11 @@ class BlockwisePlan:
 def plan_blockwise(
     recipe: Recipe, adapter: Adapter, cache_steps: Samples[StepPlan]
 ) -> BlockwisePlan | None:
-    """The block-wise method of a recipe, None when there is none.
-
-    Raises:
-        AttachmentError: the recipe has something beside it that needs the prompt's layers whole.
-    """
+    """The block-wise method of a recipe, None when there is none."""
     found = [step for step in cache_steps if type(step.method).prefill is not Method.prefill]
     if not found:
         return None
     method = found[0].method
-    if len(cache_steps) > 1:
-        others = [step.method.name for step in cache_steps if step is not found[0]]
-        raise AttachmentError(
-            f"{method.name} rebuilds the cache of every layer before the question is read, so "
-            f"{others[0]} would reduce what is reduced already: use one of them."
-        )
-    decoder = recipe.at("decoder")
-    if decoder:
-        raise AttachmentError(
-            f"{method.name} reads the prompt in the same blocks in every layer, and "
-            f"{recipe.steps[decoder[0]].method.name} changes what layers see or hold: use one of "
-            "them, or a method at the projector beside it."
-        )
     policy = method.card.positions if recipe.positions == "auto" else recipe.positions
     return BlockwisePlan(found[0], policy == "compact" and not adapter.mrope, adapter.mrope)
 

@@ -85,21 +85,8 @@ def plan_decoder(
 
 
 def plan_cache(recipe: Recipe, num_layers: int, budget: SampleBudget) -> list[StepPlan]:
-    """The cache-stage methods of a recipe; they are asked behind every layer.
-
-    Raises:
-        AttachmentError: a method that chooses once for all layers is not alone.
-    """
+    """The cache-stage methods of a recipe; they are asked behind every layer."""
     every = frozenset(range(num_layers))
-    methods = [recipe.steps[index].method for index in recipe.at("cache")]
-    shared = next((method for method in methods if method.one_cache_choice), None)
-    if shared is not None and len(methods) > 1:
-        other = next(method for method in methods if method is not shared)
-        raise AttachmentError(
-            f"{shared.name} chooses once for the caches of all layers, behind the last one; "
-            f"{other.name} thins them out one by one before that, so the slots would not match. "
-            "Use one of the two."
-        )
     return [
         StepPlan(index, recipe.steps[index].method, every, budget(index))
         for index in recipe.at("cache")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from foveate.ops.allocate import proportional
@@ -19,6 +19,12 @@ class Budget:
     Both may be a sequence (list, array, tensor) with one value per sample of the batch. Giving
     neither means keep all.
 
+    Args:
+        retain: fraction of the tokens kept.
+        tokens: how many are kept.
+        share: of a count: the part of the way to it that is gone, in (0, 1], where several methods
+            go it together; of N tokens N * (tokens / N) ** share stay.
+
     Raises:
         ValueError: both are given, a value is out of range, or a sequence is empty.
 
@@ -31,6 +37,7 @@ class Budget:
 
     retain: float | Sequence[float] | None = None
     tokens: int | Sequence[int] | None = None
+    share: float = field(default=1.0, repr=False)
 
     def __post_init__(self) -> None:
         if self.retain is not None and self.tokens is not None:
@@ -52,6 +59,8 @@ class Budget:
         for value in _values(self.tokens):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"tokens must be a whole number >= 1, got {value!r}.")
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share must lie in (0, 1], got {self.share!r}.")
 
     @property
     def is_full(self) -> bool:
@@ -85,13 +94,45 @@ class Budget:
         if isinstance(self.retain, tuple):
             return Budget(retain=self.retain[index])
         assert isinstance(self.tokens, tuple)
-        return Budget(tokens=self.tokens[index])
+        return Budget(tokens=self.tokens[index], share=self.share)
+
+    # -- budgets of several methods ---------------------------------------------------------------
+
+    def part(self, share: float) -> Budget:
+        """What one of several methods keeps, which one after the other leave this budget.
+
+        Args:
+            share: its part of the way, in (0, 1]. Parts of a fraction add up to 1; the part of a
+                count is that of what is left to do when the method's turn comes.
+
+        Example:
+            >>> Budget(retain=0.25).part(0.5), Budget(tokens=16).part(0.5).count(64)
+            (Budget(retain=0.5, tokens=None), 32)
+        """
+        if self.tokens is not None:
+            return Budget(tokens=self.tokens, share=self.share * share)
+        return Budget(retain=_each(lambda value: value**share, self.retain))
+
+    def divided(self, own: Budget) -> Budget | None:
+        """The fraction left to others beside one that keeps `own`; None: it keeps too little."""
+        rest = _each(lambda value, most: value / most, self.retain, own.retain)
+        # 0.3 / (0.6 * 0.5) is a little more than 1.
+        if any(value > 1 + 1e-9 for value in _values(rest)):
+            return None
+        return Budget(retain=_each(lambda value: min(value, 1.0), rest))
+
+    def before(self, own: Budget) -> Budget:
+        """The count to hand to a method that keeps the fraction `own`, so that this one is left."""
+        return Budget(
+            tokens=_each(lambda value, most: round(value / most), self.tokens, own.retain),
+            share=self.share,
+        )
 
     def fraction(self, num_tokens: int) -> float:
         """The fraction of `num_tokens` that stays, in (0, 1]."""
         retain, tokens = self._scalars()
         if tokens is not None:
-            return min(1.0, tokens / max(num_tokens, 1))
+            return min(1.0, tokens / max(num_tokens, 1)) ** self.share
         return 1.0 if retain is None else float(retain)
 
     def count(self, num_tokens: int, rounding: Rounding = "half_even") -> int:
@@ -107,9 +148,11 @@ class Budget:
         if rounding not in get_args(Rounding):
             raise ValueError(f'rounding must be "half_even", "floor" or "ceil", got {rounding!r}.')
         retain, tokens = self._scalars()
-        if tokens is not None:
+        if tokens is not None and (self.share == 1 or tokens >= num_tokens):
             return min(tokens, num_tokens)
         exact = num_tokens * (1.0 if retain is None else retain)
+        if tokens is not None:
+            exact = num_tokens * self.fraction(num_tokens)
         if rounding == "half_even":
             return round(exact)
         return math.floor(exact) if rounding == "floor" else math.ceil(exact)
@@ -144,6 +187,17 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return tuple(_plain(entry) for entry in value)
     return value
+
+
+def _each(run: Callable[..., Any], *values: Any) -> Any:
+    """`run` on numbers, or on each sample's where one of them has one per sample."""
+    num = next((len(value) for value in values if isinstance(value, tuple)), None)
+    if num is None:
+        return run(*values)
+    rows = [value if isinstance(value, tuple) else (value,) * num for value in values]
+    if any(len(row) != num for row in rows):
+        raise ValueError(f"These budgets name {[len(row) for row in rows]} samples.")
+    return tuple(map(run, *rows))
 
 
 def _values(value: float | Sequence[float] | None) -> tuple:

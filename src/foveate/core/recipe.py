@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from foveate.core._files import write_text
 from foveate.core.budget import Budget
 from foveate.core.card import Stage
 from foveate.core.grid import Grid
+from foveate.core.joint import joint_budgets, refuse_conflicts
 from foveate.core.method import Count, Method
 from foveate.core.step import (
     Step,
@@ -24,25 +26,18 @@ from foveate.core.step import (
 from foveate.errors import RecipeError
 
 Positions = Literal["auto", "compact", "original"]
-#: The stage that a recipe's budget speaks of: the first of these that the recipe has.
-_BUDGET_ORDER: tuple[Stage, ...] = (
-    "projector",
-    "decoder",
-    "cache",
-    "encoder",
-    "patches",
-    "frames",
-)
 
 
 @dataclass(frozen=True)
 class Recipe:
     """An ordered set of methods.
 
-    The budget of a call goes to one method: the one at the projector, else in the decoder, else at
-    the cache, else in the encoder; a method that only changes attention takes none. Every other
-    method keeps the budget written into the recipe ("tome(retain=0.6)") or its published default. A
-    budget of 1 switches all of them off.
+    The budget of a call is what all methods behind the encoder leave together: two methods keep its
+    square root each, "todre(share=2) + video_xl2" goes two thirds of the way at the first, and a
+    method with a budget of its own ("divprune(retain=0.5)") is counted in. An encoder brings its
+    tokens back for the projector, so a method inside it is apart: it keeps its own budget or its
+    published default. A method that only changes attention takes none. A budget of 1 switches all
+    of them off.
 
     Args:
         steps: the methods in the order in which they act within a stage.
@@ -133,7 +128,7 @@ class Recipe:
             fields = fields_of(type(step.method))
             mine = {name: value for name, value in arguments.items() if name in fields}
             used |= set(mine)
-            steps.append(Step(step.method.with_arguments(**mine), step.stages, step.budget))
+            steps.append(dataclasses.replace(step, method=step.method.with_arguments(**mine)))
         unknown = sorted(set(arguments) - used)
         if unknown:
             known = sorted({f for step in self.steps for f in fields_of(type(step.method))})
@@ -154,6 +149,7 @@ class Recipe:
                 "arguments": step.method.arguments(),
                 "retain": None if step.budget is None else step.budget.retain,
                 "tokens": None if step.budget is None else step.budget.tokens,
+                "share": step.share,
             }
             for step in self.steps
         ]
@@ -218,46 +214,15 @@ class Recipe:
         """The budget of every step, given the budget of the call.
 
         Raises:
-            RecipeError: several methods without a budget of their own share the stage that the
-                budget speaks of, or every method has one.
+            RecipeError: two methods do not go together (with the reason), every method has a
+                budget of its own, or what they have cannot make up the call's.
 
         Example:
             >>> Recipe.parse("tome(retain=0.6) + holitom").budgets(Budget(retain=0.1))
             (Budget(retain=0.6, tokens=None), Budget(retain=0.1, tokens=None))
         """
-        if budget.is_full and budget.retain is not None:
-            return tuple(Budget(retain=1.0) for _ in self.steps)
-        free = [index for index, step in enumerate(self.steps) if step.budget is None]
-        main: int | None = None
-        if budget.retain is not None or budget.tokens is not None:
-            for stage in _BUDGET_ORDER:
-                candidates = [
-                    index
-                    for index in self.at(stage)
-                    if index in free and stage in self.steps[index].method.reducing_stages()
-                ]
-                if len(candidates) > 1:
-                    names = " and ".join(self.steps[i].method.name for i in candidates)
-                    raise RecipeError(
-                        f"{names} both act at the {stage}: write a budget of its own for all but "
-                        f'one, e.g. "{self.steps[candidates[0]].method.name}(retain=0.5)".'
-                    )
-                if candidates:
-                    main = candidates[0]
-                    break
-            if main is None and not any(step.reduces for step in self.steps):
-                raise RecipeError(
-                    f"{self} changes attention and reduces nothing, so it takes no budget: drop "
-                    f'retain/tokens, or add a method that reduces, e.g. "divprune + {self}".'
-                )
-            if main is None:
-                raise RecipeError(
-                    f"Every method of {self} has a budget of its own; drop retain/tokens here."
-                )
-        return tuple(
-            step.budget or (budget if index == main else Budget(retain=step.method.card.retain))
-            for index, step in enumerate(self.steps)
-        )
+        refuse_conflicts(self.steps)
+        return joint_budgets(self.steps, budget)
 
     def count(self, grid: Grid, budget: Budget) -> Count:
         """How many tokens of an item reach the language model, before anything runs.

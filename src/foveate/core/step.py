@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import math
 import re
 import warnings
 from collections import Counter
@@ -17,6 +18,8 @@ from foveate.core.method import Method
 from foveate.core.registry import get_method
 from foveate.errors import RecipeError
 
+#: What a recipe says of a step beside the method's own arguments.
+_OF_STEPS = ("retain", "tokens", "share")
 _TERM = re.compile(r"^\s*(\w+)\s*(\(.*\))?\s*(?:@\s*([a-z,\s]+))?\s*$", re.DOTALL)
 
 
@@ -27,10 +30,11 @@ class Step:
     Attributes:
         method: the configured method.
         stages: the stages it acts at here (a subset of what it can).
-        budget: its own budget; None takes the call's or the method's default.
+        budget: its own budget; None takes its part of the call's, or the method's default.
+        share: how large that part is beside the other methods'; 2 goes twice the way of 1.
 
     Raises:
-        RecipeError: no stage, or one at which the method does not act.
+        RecipeError: no stage, one at which the method does not act, or no such share.
 
     Example:
         >>> str(Step(get_method("tome")(r=8), ("encoder",), Budget(retain=0.5)))
@@ -40,8 +44,16 @@ class Step:
     method: Method
     stages: tuple[Stage, ...]
     budget: Budget | None = None
+    share: float = 1.0
 
     def __post_init__(self) -> None:
+        if isinstance(self.share, bool) or not isinstance(self.share, int | float):
+            raise RecipeError(f"{self.method.name}: share must be a number, got {self.share!r}.")
+        if not 0 < self.share < math.inf or (self.budget is not None and self.share != 1):
+            raise RecipeError(
+                f"{self.method.name}: share must be above 0, and stands for a budget of the "
+                f"method's own, not beside one; got share={self.share!r}."
+            )
         missing = [stage for stage in self.stages if stage not in self.method.stages()]
         if missing or not self.stages:
             raise RecipeError(
@@ -62,6 +74,8 @@ class Step:
         if self.budget is not None:
             amount = "retain" if self.budget.retain is not None else "tokens"
             arguments.append(f"{amount}={getattr(self.budget, amount)!r}")
+        if self.share != 1:
+            arguments.append(f"share={self.share!r}")
         text = self.method.name + (f"({', '.join(arguments)})" if arguments else "")
         return text if self.stages == self.method.stages() else f"{text}@{','.join(self.stages)}"
 
@@ -122,11 +136,11 @@ def step_from_json(entry: dict[str, Any], document: dict[str, Any]) -> Step:
     name, arguments = entry["method"], entry.get("arguments") or {}
     if not isinstance(arguments, dict):
         raise RecipeError(f"The arguments of {name} must be an object, got {arguments!r}.")
-    warn_unknown(entry, ("method", "stages", "arguments", "retain", "tokens"), name, document)
+    warn_unknown(entry, ("method", "stages", "arguments", *_OF_STEPS), name, document)
     known = fields_of(get_method(name))
     warn_unknown(arguments, known, name, document)
     arguments = {key: value for key, value in arguments.items() if key in known}
-    arguments |= {key: entry[key] for key in ("retain", "tokens") if entry.get(key) is not None}
+    arguments |= {key: entry[key] for key in _OF_STEPS if entry.get(key) is not None}
     return _make_step(name, entry.get("stages"), arguments)
 
 
@@ -149,6 +163,7 @@ def _make_step(name: str, stages: list[str] | None, arguments: dict[str, Any]) -
     budget = None
     if {"retain", "tokens"} & set(arguments):
         budget = Budget(arguments.pop("retain", None), arguments.pop("tokens", None))
+    share = arguments.pop("share", 1.0)
     try:
         method = cls(**_tuples(arguments))
     except TypeError as error:
@@ -158,8 +173,8 @@ def _make_step(name: str, stages: list[str] | None, arguments: dict[str, Any]) -
     if unknown:
         raise RecipeError(f"Unknown stage {unknown[0]!r}; stages are {', '.join(STAGES)}.")
     if stages is None:
-        return Step(method, cls.stages(), budget)
-    return Step(method, tuple(stage for stage in STAGES if stage in stages), budget)
+        return Step(method, cls.stages(), budget, share)
+    return Step(method, tuple(stage for stage in STAGES if stage in stages), budget, share)
 
 
 def _tuples(value: Any) -> Any:
