@@ -28,11 +28,44 @@ def first_source(target_BN: torch.Tensor, num_out: int) -> torch.Tensor:
 
 def strongest(matrix_BMN: torch.Tensor, dim: int) -> torch.Tensor:
     """Index of the largest absolute weight along `dim`, the lowest on ties; -1 if all are zero."""
+    if matrix_BMN.is_sparse:
+        return _strongest_entry(matrix_BMN.coalesce(), dim)
     if matrix_BMN.shape[dim] == 0:
         shape = matrix_BMN.shape[:dim] + matrix_BMN.shape[dim + 1 :]
         return torch.full(shape, -1, device=matrix_BMN.device)
     value, index = matrix_BMN.abs().max(dim=dim)
     return index.where(value > 0, -1)
+
+
+def _strongest_entry(matrix_BMN: torch.Tensor, dim: int) -> torch.Tensor:
+    """`strongest` from the stored entries alone, which lie in the order of their indices."""
+    index_3E, weight_E = matrix_BMN.indices(), matrix_BMN.values().abs()
+    other = 3 - dim
+    length, size = matrix_BMN.shape[dim], matrix_BMN.shape[other]
+    row_E = index_3E[0] * size + index_3E[other]
+    most = weight_E.new_zeros(matrix_BMN.shape[0] * size)
+    most = most.scatter_reduce(0, row_E, weight_E, "amax")
+    best_E = (weight_E == most[row_E]) & (weight_E > 0)
+    first = torch.full_like(most, length, dtype=torch.long)
+    first = first.scatter_reduce(0, row_E[best_E], index_3E[dim][best_E], "amin")
+    return first.where(first < length, -1).view(matrix_BMN.shape[0], size)
+
+
+def column_shares(matrix_BMN: torch.Tensor, size_BN: torch.Tensor) -> torch.Tensor:
+    """Each source's size dealt out to its targets in proportion to the weights, [B, M].
+
+    A sparse matrix is never made dense.
+    """
+    if not matrix_BMN.is_sparse:
+        total_BN = matrix_BMN.sum(dim=1, keepdim=True)
+        return matmul(matrix_BMN / total_BN.masked_fill(total_BN == 0, 1.0), size_BN)
+    B, M, N = matrix_BMN.shape
+    matrix_BMN = matrix_BMN.coalesce()
+    (sample_E, row_E, column_E), weight_E = matrix_BMN.indices(), matrix_BMN.values()
+    source_E = sample_E * N + column_E
+    total = weight_E.new_zeros(B * N).scatter_add(0, source_E, weight_E)
+    share_E = weight_E / total.masked_fill(total == 0, 1.0)[source_E] * size_BN.flatten()[source_E]
+    return share_E.new_zeros(B * M).scatter_add(0, sample_E * M + row_E, share_E).view(B, M)
 
 
 def as_channels(x_BN: torch.Tensor) -> torch.Tensor:

@@ -197,7 +197,8 @@ class EncoderAttentionView:
         """A map as the language model's tokens have it, float32 [1, N'] or [1, N', C].
 
         It goes the way of the features: pooling, 2 x 2 merge (means), tiles, unpadding, windows.
-        Tokens without a patch (newlines, [CLS]) hold NaN. Costs one such passage per channel.
+        Tokens without a patch (newlines, [CLS]) hold NaN. Costs one such passage per channel, or
+        two in all where every token is one patch.
 
         Args:
             map_IN: numbers per patch, [I, N] or [I, N, C].
@@ -211,11 +212,36 @@ class EncoderAttentionView:
                 f"channels), got {list(map_IN.shape)}."
             )
         if map_IN.dim() == 3:
+            source_N = self._sources() if map_IN.shape[2] > 2 else None
+            if source_N is not None:
+                map_1NC = map_IN.float().reshape(1, -1, map_IN.shape[2])[:, source_N.clamp(min=0)]
+                return map_1NC.masked_fill((source_N < 0)[:, None], torch.nan)
             return torch.stack([self.to_tokens(channel) for channel in map_IN.unbind(-1)], dim=-1)
         map_IN = map_IN.float()
         return map_IN.reshape(1, -1) if self.token_map is None else self.token_map(map_IN)
 
     # -- parts ----------------------------------------------------------------------------------
+
+    def joined(self) -> EncoderAttentionView:
+        """This block with its heads joined into one of full width, for the same maps.
+
+        Without rotary positions and norms of queries and keys, these are the raw outputs of the
+        projections, bias included.
+
+        Example:
+            >>> q, k = torch.randn(2, 3, 10, 8), torch.randn(2, 3, 10, 8)
+            >>> tuple(EncoderAttentionView(q, k).joined().k_IHMd.shape)
+            (2, 1, 10, 24)
+        """
+        q_I1MC, k_I1MC = (x.transpose(1, 2).flatten(2)[:, None] for x in (self.q_IHMd, self.k_IHMd))
+        return replace(self, q_IHMd=q_I1MC, k_IHMd=k_I1MC, v_IHMd=None)
+
+    def patch_keys(self) -> torch.Tensor:
+        """The keys of all patches, [I, H, N, d]; patches that were merged share one."""
+        k_IHMd = self.k_IHMd
+        if self.reduction is not None:
+            k_IHMd = self.reduction.restore(k_IHMd.transpose(1, 2)).transpose(1, 2)
+        return k_IHMd[:, :, self.num_prefix :]
 
     def values(self) -> torch.Tensor:
         """The values [I, H, M, d] of the tokens present in the block, prefix first.
@@ -302,6 +328,19 @@ class EncoderAttentionView:
     @property
     def _shape(self) -> tuple[int, int]:
         return self.num_images, self.num_patches
+
+    def _sources(self) -> torch.Tensor | None:
+        """The patch that every token is, int64 [N'], -1 for none; None where tokens mix patches."""
+        place_P = torch.arange(self.num_images * self.num_patches, device=self.q_IHMd.device)
+        # Numbers without order: a mean of them is hardly ever the number of the mean place.
+        mixed_P = place_P * 7919 % 10007
+        number_1N, mixed_1N = (
+            self.to_tokens(x.view(self._shape)).to(place_P.device) for x in (place_P, mixed_P)
+        )
+        empty_N = number_1N[0].isnan()
+        source_N = number_1N[0].nan_to_num().round().long()
+        equal_N = (number_1N[0] == source_N) & (mixed_1N[0] == mixed_P[source_N])
+        return source_N.where(~empty_N, -1) if bool((equal_N | empty_N).all()) else None
 
     def _queries(self, index_IR: torch.Tensor) -> torch.Tensor:
         index_IHRd = index_IR[:, None, :, None].expand(

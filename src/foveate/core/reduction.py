@@ -24,6 +24,7 @@ from foveate.core._checks import (
 )
 from foveate.core._rows import (
     as_channels,
+    column_shares,
     drop_hidden,
     fill_rows,
     first_source,
@@ -194,8 +195,7 @@ class Reduction:
         batch, num_out, num_in = matrix_BMN.shape
         mask_BM = as_mask(mask_BM, (batch, num_out), "transform")
         if anchor_BM is None:
-            dense_BMN = matrix_BMN.to_dense() if matrix_BMN.is_sparse else matrix_BMN
-            anchor_BM = strongest(dense_BMN, dim=2)
+            anchor_BM = strongest(matrix_BMN, dim=2)
         anchor_BM = as_anchors(anchor_BM, (batch, num_out), num_in, mask_BM, "transform")
         return cls("transform", num_in, anchor_BM, mask_BM, matrix_BMN=matrix_BMN)
 
@@ -288,7 +288,7 @@ class Reduction:
             return first_source(self.anchor_BM, self.num_in)
         if self.matrix_BMN is None:
             return torch.full((self.batch, self.num_in), -1, device=self.anchor_BM.device)
-        return strongest(self._dense(), dim=1)
+        return strongest(self.matrix_BMN if self.mask_BM is None else self._dense(), dim=1)
 
     def matrix(self) -> torch.Tensor:
         """The dense matrix W, float [B, M, N].
@@ -384,9 +384,7 @@ class Reduction:
             return one_BM if self.mask_BM is None else one_BM.masked_fill(~self.mask_BM, 0)
         if not size_BN.is_floating_point():
             size_BN = size_BN.float()
-        dense_BMN = self._dense()
-        total_BN = dense_BMN.sum(dim=1, keepdim=True)
-        return matmul(dense_BMN / total_BN.masked_fill(total_BN == 0, 1.0), size_BN)
+        return column_shares(self.matrix_BMN if self.mask_BM is None else self._dense(), size_BN)
 
     def then(self, later: Reduction) -> Reduction:
         """This reduction followed by `later`, as one reduction from the first tokens to the last.

@@ -90,10 +90,7 @@ def mean_keys(view: EncoderAttentionView) -> torch.Tensor:
 
     They go the way of the features (pooling, merging, unpadding), one channel after the other.
     """
-    key_IMd = view.k_IHMd.float().mean(1)
-    if view.reduction is not None:  # an encoder stage shortened the block: every patch again
-        key_IMd = view.reduction.restore(key_IMd)
-    return view.to_tokens(key_IMd[:, view.num_prefix :])
+    return view.to_tokens(view.patch_keys().float().mean(1))
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from foveate.ops.merge import (
     scatter_sum,
     unmerge,
 )
+from foveate.ops.outliers import local_outlier_factor
 from foveate.ops.schedule import earlier_layers, mean_share, share_schedule
 from foveate.ops.score import (
     adjacent_similarity,
@@ -72,6 +73,7 @@ __all__ = [
     "k_medoids",
     "kmeans",
     "linear_decay_schedule",
+    "local_outlier_factor",
     "masked_softmax",
     "max_min_diversity",
     "max_sum_diversity",
