@@ -177,7 +177,7 @@ class Reads(Method):
 
     def projector(self, tokens, context):
         for name in self.needs:
-            context.state[name] = context.signal(name)[0].clone()
+            context.note(name, context.signal(name))
         return None
 
 
@@ -197,15 +197,16 @@ def test_signals_of_a_shortened_encoder(method):
     received = received / received.sum(-1, keepdim=True) * size_BM[:, None, 1:, None]
     taken_BP = received.sum(2).mean(1) / size_BM[:, 1:].sum(1) / size_BM[:, 1:]
     taken_BM = torch.nn.functional.pad(taken_BP, (1, 0))
-    with foveate.reduce(model, [method, Reads()], retain=0.5) as run:
+    with foveate.reduce(model, [method, Reads()], retain=0.5, evidence=True) as run:
         logits_of(model, inputs)
     (item,) = run.report.items
+    noted = {entry.name: entry.value for entry in item.evidence}
     for name, score_BM in (
         ("encoder.cls_attention", share_BM),
         ("encoder.received_attention", taken_BM),
     ):
         expected = reduction.restore(score_BM)[0, 1:]
-        torch.testing.assert_close(item.annotations[name], expected, atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(noted[name], expected, atol=1e-6, rtol=1e-4)
 
 
 def test_signals_of_merged_copies_are_those_of_the_copies():

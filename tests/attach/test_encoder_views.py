@@ -159,24 +159,24 @@ class Both(Method):
         (view,) = context.encoder_attentions()
         carried_1N = view.to_tokens(view.received(keys="patches"))
         assert view.to_tokens(torch.stack([view.received(keys="patches")] * 2, -1)).shape[-1] == 2
-        context.state["carried"] = carried_1N[0]
-        context.state["signal"] = context.signal("encoder.received_attention")[0]
-        context.state["planes"] = view.planes
+        context.note("carried", carried_1N[0])
+        context.note("signal", context.signal("encoder.received_attention"))
+        context.note("planes", [(plane, plane) for plane in view.planes], "frames")
         return None
 
 
 @every_modality
 def test_maps_reach_the_tokens_as_signals_do(family, modality):
     model, inputs = model_of(family), of_two_items(family, modality)
-    with foveate.reduce(model, Both(), retain=0.5) as run:
+    with foveate.reduce(model, Both(), retain=0.5, evidence=True) as run:
         logits_of(model, inputs)
     assert len(run.report.items) >= 2
     for item in run.report.items:
-        carried_N, signal_N = item.annotations["carried"], item.annotations["signal"]
+        carried_N, signal_N = (item.evidence[i].value for i in (0, 1))
         assert carried_N.shape == (item.grid.num_tokens,)
         torch.testing.assert_close(carried_N, signal_N, equal_nan=True, **CLOSE)
         assert (~signal_N.isnan()).sum() == item.grid.num_patches
-        assert set(item.annotations["planes"]) == set(range(len(item.grid.planes)))
+        assert {plane for plane, _ in item.segments} == set(range(len(item.grid.planes)))
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_onevision"])
@@ -189,11 +189,13 @@ def test_maps_follow_an_earlier_projector_method(family):
 
     at = ("projector",)
     steps = (Step(ReadsBlocks(), at, Budget(0.9)), Step(After(), at, Budget(0.5)))
-    with foveate.reduce(model, Recipe(steps)) as run:
+    with foveate.reduce(model, Recipe(steps), evidence=True) as run:
         logits_of(model, inputs)
     for item in run.report.items:
-        carried_N, signal_N = item.annotations["carried"], item.annotations["signal"]
-        assert len(carried_N) == item.grid.num_tokens - 1
+        carried_N, signal_N = (item.evidence[i].value for i in (0, 1))
+        assert len(carried_N) == item.grid.num_tokens
+        dropped_N = item.reduction.groups_BN[0] < 0
+        assert dropped_N.any() and carried_N[dropped_N].isnan().all()
         torch.testing.assert_close(carried_N, signal_N, equal_nan=True, **CLOSE)
 
 

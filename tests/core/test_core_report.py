@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from foveate.core import Grid, ItemReport, Reduction, Report, StageReport
+from foveate.core import Evidence, Grid, ItemReport, Reduction, Report, StageReport
 from foveate.core.report import WRITERS, merge_layers
 
 
@@ -26,7 +26,12 @@ def report() -> Report:
         ],
         items=[
             ItemReport(0, "image", Grid.image(4, 4), keep, {2: torch.tensor([0, 3])}),
-            ItemReport(1, "video", Grid.video(1, 4, 4), annotations={"segments": [(0, 0)]}),
+            ItemReport(
+                1,
+                "video",
+                Grid.video(1, 4, 4),
+                evidence=[Evidence("segments", "frames", ((0, 0),))],
+            ),
         ],
         prompt_lengths=[10, 20],
         layer_lengths=[[10, 10, 8], [20, 20, 12]],

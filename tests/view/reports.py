@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from foveate.core import Grid, ItemReport, Reduction, Report, StageReport
+from foveate.core import Evidence, Grid, ItemReport, Reduction, Report, StageReport
 
 DROPPED = -1
 
@@ -29,7 +29,7 @@ def small_report(frames: int = 4, with_pixels: bool = True) -> Report:
         grid,
         reduction,
         alive={2: torch.tensor([0, 1]), 3: torch.tensor([0])},
-        annotations={"segments": segments},
+        evidence=[Evidence("segments", "frames", tuple(segments), "runs that are merged")],
         pixels=(lambda: bright_frames(frames)) if with_pixels else None,
         seconds=[0.5 * frame for frame in range(frames)],
     )

@@ -75,7 +75,7 @@ def test_holitom_gets_the_pooled_features_and_received_attention_of_the_encoder(
     got = report.items[0].reduction
     assert got is not None and expected is not None
     assert torch.equal(got.groups_BN, expected.groups_BN)
-    assert report.items[0].annotations["segments"] == context.state["segments"]
+    assert list(report.items[0].segments) == context.state["segments"]
     assert ("holitom", "decoder") in stages_not_run(Recipe.of("holitom"))
     assert "holitom at the decoder: not run, needs a language model" in report.notes
 
@@ -99,7 +99,6 @@ def test_methods_that_read_blocks_get_those_of_all_batches(pool: bool) -> None:
     got = report.items[0].reduction
     assert got is not None
     assert got.anchor_BM[0].tolist() == expected_TK.flatten().tolist()
-    assert set(report.items[0].annotations) == {"object_attention", "deep_attention"}
 
 
 def test_blocks_of_a_shortened_encoder_are_joined_too() -> None:

@@ -40,6 +40,7 @@ def reduce(
     mask_only: bool = False,
     restore: bool | None = None,
     seed: int = 0,
+    evidence: bool = False,
     **arguments: Any,
 ) -> Attachment:
     """Attach a recipe to a model: a context manager, or a handle with `remove()`.
@@ -58,6 +59,8 @@ def reduce(
         restore: bring an encoder's output back to full length by un-merging; always on inside a
             language model, off by default on an encoder alone.
         seed: for methods that draw random numbers.
+        evidence: collect what the methods go by (attention, segments, groups...) in the report's
+            items, for its pictures; choices and outputs stay the same.
         arguments: hyper-parameters, given to the methods that have them.
 
     Raises:
@@ -74,7 +77,15 @@ def reduce(
     if positions is not None:
         made = Recipe(made.steps, positions)  # pyright: ignore[reportArgumentType]
     budget = Budget(retain, tokens)  # pyright: ignore[reportArgumentType]
-    return Attachment(model, made, budget, mask_only=mask_only, restore=restore, seed=seed)
+    return Attachment(
+        model,
+        made,
+        budget,
+        mask_only=mask_only,
+        restore=restore,
+        seed=seed,
+        evidence=evidence,
+    )
 
 
 class Attachment(OfOneModel):
@@ -95,11 +106,13 @@ class Attachment(OfOneModel):
         mask_only: bool = False,
         restore: bool | None = None,
         seed: int = 0,
+        evidence: bool = False,
     ) -> None:
         self.model = model
         self.recipe = recipe
         self.mask_only = mask_only
         self.seed = seed
+        self.evidence = evidence
         self.report = Report()
         self._adapter = adapter_for(model)
         self._budgets: tuple[Budget, ...] = ()
@@ -229,8 +242,26 @@ class Attachment(OfOneModel):
     def _encoder_stage(
         self, tower: Any, restore: bool, finished: Callable[[EncoderRun], None]
     ) -> EncoderStage:
-        steps = [(i, self.recipe.steps[i].method) for i in self.recipe.at("encoder")]
-        return EncoderStage(tower, steps, lambda i: self._budgets[i], restore, finished)
+        watch = self._watch
+        return EncoderStage(
+            tower,
+            self._encoder_steps(tower),
+            lambda i: self._budgets[i],
+            restore,
+            finished,
+            self.evidence,
+            tuple if watch is None else watch.layouts,
+            {i: step.stages for i, step in enumerate(self.recipe)},
+        )
+
+    def _encoder_steps(self, tower: VisionTower) -> list[tuple[int, Method]]:
+        """The steps that act inside an encoder; where it packs its images some do without."""
+        steps = [(i, self.recipe.steps[i]) for i in self.recipe.at("encoder")]
+        return [
+            (i, step.method)
+            for i, step in steps
+            if not (tower.packed and step.method.encoder_optional and "projector" in step.stages)
+        ]
 
     @property
     def encoder_reduction(self) -> Reduction | None:
@@ -253,9 +284,6 @@ class Attachment(OfOneModel):
         for tower in unique:
             self._block_reads(tower, signals)  # refuses blocks that do not exist
         stages: list[EncoderStage] = []
-        if self.recipe.at("encoder"):
-            self._check_feature_layers(adapter)
-            stages = [self._encoder_stage(tower, True, self._note_encoder_run) for tower in unique]
 
         def running() -> EncoderStage | None:
             return next((stage for stage in stages if stage.run is not None), None)
@@ -267,6 +295,10 @@ class Attachment(OfOneModel):
             running,
             lambda: self.active,
         )
+        inside = [tower for tower in unique if self._encoder_steps(tower)]
+        if inside:
+            self._check_feature_layers(adapter)
+        stages += [self._encoder_stage(tower, True, self._note_encoder_run) for tower in inside]
         self._watch.install(self._handles)
         for stage in stages:
             stage.install(self._handles)
@@ -287,6 +319,7 @@ class Attachment(OfOneModel):
             publish=publish,
             mask_only=self.mask_only,
             seed=self.seed,
+            evidence=self.evidence,
         )
         language = LanguageStage(self.model, adapter, self._watch, settings)
         language.install(self._handles)
@@ -334,8 +367,9 @@ class Attachment(OfOneModel):
         return chosen
 
     def _block_reads(self, tower: VisionTower, signals: set[str]) -> dict[int, BlockReads]:
-        methods = [self.recipe.steps[index].method for index in self.recipe.at("projector")]
-        return block_reads(tower, methods, signals)
+        carried = {index for index, method in self._encoder_steps(tower) if method.encoder_optional}
+        indices = [index for index in self.recipe.at("projector") if index not in carried]
+        return block_reads(tower, [self.recipe.steps[i].method for i in indices], signals)
 
     def _note_encoder_run(self, run: EncoderRun) -> None:
         self._encoder_reduction = run.reduction

@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 
 from foveate.attach.block_layout import BlockLayout, rows_of
 from foveate.attach.cache import join_valid, move_positions
+from foveate.attach.noting import sample_notebook
 from foveate.attach.plan import StepPlan, placed
 from foveate.attach.unrotated import Rebuilt, Rotation, unrotate
 from foveate.core import CacheContext, Reduction
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
 KeysValues = tuple[torch.Tensor, torch.Tensor]
 
 
-def context_fields(call: DecoderCall, step: StepPlan, sample: int) -> dict[str, Any]:
+def context_fields(
+    call: DecoderCall, step: StepPlan, sample: int, layer: int | None = None
+) -> dict[str, Any]:
     """What every cache-stage context says of a sample."""
     visual = call.sequence.visual[sample]
     return {
@@ -36,6 +39,7 @@ def context_fields(call: DecoderCall, step: StepPlan, sample: int) -> dict[str, 
         "num_layers": call.num_layers,
         "position_N3": visual.position_N3,
         "item_N": visual.item_N,
+        "notebook": sample_notebook(call, "cache", layer, sample),
     }
 
 
@@ -117,7 +121,7 @@ class CacheRebuilder:
         self, layer: int, sample: int, bare_1GCd: torch.Tensor, values_1GCd: torch.Tensor
     ) -> Reduction | None:
         method, visual_N = self.step.method, self.layout.visual[sample]
-        context = CacheContext(**context_fields(self.call, self.step, sample), layer=layer)
+        context = CacheContext(**context_fields(self.call, self.step, sample, layer), layer=layer)
         with torch.no_grad():
             reduction = method.cache(
                 bare_1GCd[:, :, visual_N], values_1GCd[:, :, visual_N], context

@@ -12,6 +12,7 @@ import torch
 
 from foveate.attach.cache import ReducedLayer
 from foveate.attach.evidence import places
+from foveate.attach.noting import sample_notebook
 from foveate.attach.plan import StepPlan, placed
 from foveate.attach.sequence import Layout, Sequence
 from foveate.core import CacheContext, Reduction, StageReport
@@ -170,6 +171,7 @@ def _ask(
         visual_N=visual_N,
         column_S=call.columns[sample][ids_S],
         num_columns=call.num_columns[sample],
+        notebook=sample_notebook(call, "cache", layer, sample),
     )
     with torch.no_grad():
         keys_BGNd, values_BGNd = (x[sample : sample + 1, :, slots_N] for x in cached.kv)

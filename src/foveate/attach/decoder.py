@@ -24,6 +24,7 @@ from foveate.attach.cache_stage import reduce_cache
 from foveate.attach.evidence import context_of, tokens_of
 from foveate.attach.layer_attention import LayerAttention, past_of
 from foveate.attach.masks import MaskMaker
+from foveate.attach.noting import Trails
 from foveate.attach.parking import Parked, bring_back, park
 from foveate.attach.plan import StepPlan, placed
 from foveate.attach.rules import CallRules, rule_of_rows
@@ -83,6 +84,7 @@ class DecoderCall:
         num_columns: per sample, tokens of that prompt.
         repeats: rows per sample, as beam search expands them.
         sequences: the sequence that every layer so far saw.
+        trails: follows tokens for what methods note; None: nobody is going to draw it.
     """
 
     sequence: Sequence
@@ -105,6 +107,7 @@ class DecoderCall:
     num_columns: list[int] = field(default_factory=list)
     repeats: int = 1
     sequences: list[Sequence] = field(default_factory=list)
+    trails: Trails | None = None
     position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None
     position_PBL: torch.Tensor | None = None
     rotary: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
@@ -205,6 +208,8 @@ class DecoderCall:
                 anchors.append(torch.arange(visual.num, device=device))
                 continue
             touched = True
+            if self.trails is not None:
+                self.trails.merge(self, sample, reduction)
             anchor_M, order_M = reduction.anchor_BM[0].to(device).sort()
             keep_L = torch.zeros(self.sequence.length, dtype=torch.bool, device=device)
             keep_L[rows_S] = True

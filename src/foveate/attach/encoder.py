@@ -12,16 +12,28 @@ from __future__ import annotations
 import inspect
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
 
+from foveate.attach.noting import encoder_notebook
 from foveate.attach.single import OfOneModel
 from foveate.attach.tower_tap import TowerTap
-from foveate.core import Budget, EncoderContext, Method, Reduction, Tokens
+from foveate.core import (
+    Budget,
+    EncoderContext,
+    Evidence,
+    Grid,
+    Method,
+    Notebook,
+    Reduction,
+    Stage,
+    Tokens,
+)
 from foveate.errors import AttachmentError
 from foveate.models.tower import VisionTower
 
@@ -41,6 +53,10 @@ class EncoderRun:
         stash: shortened stream and its MLP output, waiting for the end of the block.
         seconds: host time spent in methods.
         restored: the sequence has been brought back to full length.
+        num_prefix: tokens in front of the patches.
+        carried: by step number and name: what methods carried, [B, P], until the call is over.
+        left_BNC: states in which dropped tokens left, at full length, where a method drops some.
+        notes: what methods noted, values over all patches, [B, P].
     """
 
     num_images: int = 0
@@ -54,6 +70,10 @@ class EncoderRun:
     stash: list[torch.Tensor] = field(default_factory=list)
     seconds: float = 0.0
     restored: bool = False
+    num_prefix: int = 0
+    carried: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
+    left_BNC: torch.Tensor | None = None
+    notes: list[Evidence] = field(default_factory=list)
 
 
 class EncoderStage(OfOneModel):
@@ -66,6 +86,9 @@ class EncoderStage(OfOneModel):
         restore: bring the sequence back to full length after the feature block, so that a
             projector that expects the full grid works; a bare encoder may leave it short.
         finished: called with the run when the encoder is done.
+        evidence: whether what methods note is going to be drawn.
+        layouts: gives `EncoderContext.layouts` of the running call.
+        stages: by step number, the stages at which the step acts.
     """
 
     def __init__(
@@ -75,6 +98,9 @@ class EncoderStage(OfOneModel):
         budget: Callable[[int], Budget],
         restore: bool,
         finished: Callable[[EncoderRun], None],
+        evidence: bool = False,
+        layouts: Callable[[], Sequence[tuple[Grid, int]]] = tuple,
+        stages: Mapping[int, tuple[Stage, ...]] = MappingProxyType({}),
     ) -> None:
         if tower.packed:
             names = ", ".join(method.name for _, method in steps)
@@ -84,7 +110,8 @@ class EncoderStage(OfOneModel):
                 'image. Use the projector or decoder stage here, e.g. "divprune".'
             )
         implementation = str(getattr(tower.module.config, "_attn_implementation", ""))
-        if "flash" in implementation and any(map(_is_proportional, steps)):
+        self.flash = implementation if "flash" in implementation else ""
+        if self.flash and any(map(_is_proportional, steps)):
             raise AttachmentError(
                 f"{implementation} cannot weigh merged tokens by their size: pass prop_attn=False, "
                 'or load the encoder with attn_implementation="sdpa".'
@@ -94,6 +121,9 @@ class EncoderStage(OfOneModel):
         self.budget = budget
         self.restore = restore
         self.finished = finished
+        self.evidence = evidence
+        self.layouts = layouts
+        self.stages = stages
         self.reads_values = any(method.reads_values for _, method in steps)
         self._local = threading.local()
 
@@ -135,13 +165,13 @@ class EncoderStage(OfOneModel):
 
     def _start(self, module: nn.Module, args: tuple) -> None:
         active = any(not self.budget(index).is_full for index, _ in self.steps)
-        self._local.run = EncoderRun() if active else None
+        self._local.run = EncoderRun(num_prefix=self.tower.num_prefix) if active else None
 
     def _finish(self, module: nn.Module, args: tuple, output: Any) -> None:
         run, self._local.run = self.run, None
         if run is not None and run.lengths and output is not None:
             # The run outlives the call in the report; its features must not.
-            run.tokens = run.captured = None
+            run.tokens = run.captured = run.left_BNC = None
             run.state = {}
             self.finished(run)
 
@@ -174,8 +204,15 @@ class EncoderStage(OfOneModel):
             if position is None:
                 raise AttachmentError(
                     f"{type(module).__name__} takes no attention mask in this release of "
-                    "transformers, so merged tokens cannot weigh more in attention: upgrade "
-                    "transformers or pass prop_attn=False."
+                    "transformers, so merged tokens cannot weigh more in attention and images "
+                    "cannot differ in length: upgrade transformers, or pass prop_attn=False (tome) "
+                    "or batch_max=True (flowcut)."
+                )
+            if self.flash:
+                raise AttachmentError(
+                    f"{self.flash} takes no padding mask, and the images of this call differ in "
+                    "length inside the encoder: pass batch_max=True (flowcut), or load the encoder "
+                    'with attn_implementation="sdpa".'
                 )
             x_BND = args[0] if args else kwargs["hidden_states"]
             bias = size_BN.log()[:, None, None].to(x_BND.dtype)
@@ -233,7 +270,7 @@ class EncoderStage(OfOneModel):
             y_BND, shorter = self._reduce_at("block_end", index, y_BND)
             changed |= shorter
             if self.restore and index == self.tower.feature_block and run.reduction is not None:
-                y_BND, changed = run.reduction.restore(y_BND), True
+                y_BND, changed = self._restored(run, y_BND), True
                 run.restored = True
             if not changed:
                 return None
@@ -262,14 +299,22 @@ class EncoderStage(OfOneModel):
                 layer=index,
                 num_layers=self.tower.feature_block + 1,
                 num_prefix=self.tower.num_prefix,
+                has_cls=self.tower.has_cls,
                 keys_BHNd=keys,
                 queries_BHNd=queries,
                 values_BHNd=values,
+                notebook=self._notebook(run, index, x_BND),
+                stages=self.stages.get(number, ()),
+                layouts=self.layouts,
             )
             tokens = Tokens(x_BND) if run.tokens is None else _with_features(run.tokens, x_BND)
             with torch.no_grad():
                 reduction = method.encoder(tokens, context)
+            for name, value_BP in context.carried.items():
+                run.carried[number, name] = _checked_carry(run, method, name, value_BP)
             if reduction is not None and not reduction.is_identity:
+                if method.encoder_drops and self.restore:
+                    run.left_BNC = _left(run, tokens)
                 run.tokens = tokens.reduce(reduction)
                 x_BND, changed = run.tokens.x_BND, True
                 run.reduction = run.tokens.reduction
@@ -278,12 +323,33 @@ class EncoderStage(OfOneModel):
             run.captured = None
         return x_BND, changed
 
+    def _notebook(self, run: EncoderRun, index: int, x_BND: torch.Tensor) -> Notebook | None:
+        if not self.evidence:
+            return None
+        shape = (x_BND.shape[0], x_BND.shape[1])
+        return encoder_notebook(run.notes, run.reduction, shape, index, self.tower.num_prefix)
+
     def sizes(self) -> torch.Tensor | None:
-        """How many tokens each present one stands for, [B, N], where attention weighs by it."""
+        """How many tokens each present one counts for in attention, [B, N]; None: one each.
+
+        Padding of images that have fewer tokens left than others counts for none.
+        """
         run = self.run
         if run is None or run.restored or run.tokens is None:
             return None
-        return run.tokens.size_BN if any(map(_is_proportional, self.steps)) else None
+        tokens = run.tokens
+        if tokens.size_BN is not None and any(map(_is_proportional, self.steps)):
+            return tokens.size_BN
+        return None if tokens.mask_BN is None else tokens.mask_BN.float()
+
+    @staticmethod
+    def _restored(run: EncoderRun, y_BMC: torch.Tensor) -> torch.Tensor:
+        """The sequence at full length; what was dropped is zero, or as it left."""
+        assert run.reduction is not None
+        y_BNC = run.reduction.restore(y_BMC)
+        if run.left_BNC is None:
+            return y_BNC
+        return y_BNC.where((run.reduction.groups_BN >= 0)[..., None], run.left_BNC)
 
 
 def _is_proportional(step: tuple[int, Method]) -> bool:
@@ -291,7 +357,31 @@ def _is_proportional(step: tuple[int, Method]) -> bool:
 
 
 def _with_features(tokens: Tokens, x_BND: torch.Tensor) -> Tokens:
-    return Tokens(x_BND, size_BN=tokens.size_BN, extra=tokens.extra, reduction=tokens.reduction)
+    return replace(tokens, x_BND=x_BND)
+
+
+def _left(run: EncoderRun, tokens: Tokens) -> torch.Tensor:
+    """Every token of the input in the latest state that it, or what it became part of, was in."""
+    if tokens.reduction is None:
+        return tokens.x_BND
+    assert run.left_BNC is None or run.left_BNC.shape[1] == tokens.reduction.num_in
+    latest_BNC = tokens.reduction.restore(tokens.x_BND)
+    if run.left_BNC is None:
+        return latest_BNC
+    return latest_BNC.where((tokens.reduction.groups_BN >= 0)[..., None], run.left_BNC)
+
+
+def _checked_carry(
+    run: EncoderRun, method: Method, name: str, value_BP: torch.Tensor
+) -> torch.Tensor:
+    """What a method carries to its projector stage, if it has one number per patch."""
+    expected = run.num_images, run.num_tokens - run.num_prefix
+    if tuple(value_BP.shape) != expected:
+        raise ValueError(
+            f"{method.name}: carry({name!r}, ...) in the encoder stage takes one number per patch "
+            f"of every image, {list(expected)}, got {list(value_BP.shape)}."
+        )
+    return value_BP.detach().float()
 
 
 def _refuse_mask(mask: torch.Tensor | None) -> None:

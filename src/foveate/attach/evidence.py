@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from foveate.attach.layer_attention import AheadView, embeddings_of_rows, past_of
+from foveate.attach.noting import sample_notebook
 from foveate.attach.plan import StepPlan
 from foveate.attach.rules import rule_of_rows
 from foveate.attach.sequence import Sequence
@@ -59,6 +60,8 @@ def context_of(
         carried=lambda name: _carried(call, step, sample, name),
         id_S=ids,
         span_I2=call.spans[sample],
+        notebook=sample_notebook(call, "decoder", layer, sample),
+        stages=step.stages,
     )
 
 
@@ -98,6 +101,7 @@ def observe(
                 module=module,
                 num_visual=call.num_visual[sample],
                 visual_N=torch.searchsorted(rows_S, visual.rows_N),
+                notebook=sample_notebook(call, "decoder", layer, sample),
             )
             with torch.no_grad():
                 value_S = step.method.observe(

@@ -13,13 +13,14 @@ import functools
 import inspect
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import nn
 
+from foveate.attach.noting import TokenMaps, encoder_evidence
 from foveate.attach.single import OfOneModel
 from foveate.attach.tower_tap import (
     BlockReads,
@@ -30,7 +31,7 @@ from foveate.attach.tower_tap import (
     item_views,
     signal_map,
 )
-from foveate.core import EncoderAttentionView, Grid, Modality
+from foveate.core import EncoderAttentionView, Evidence, Grid, Modality
 from foveate.models.adapter import Adapter
 from foveate.models.tower import VisionTower
 
@@ -53,6 +54,9 @@ class FeatureRecord:
         views: block -> its attention in every call of the encoder, of the blocks that are kept.
         items: block -> the same, one view per item, made at the first reading.
         encoder_runs: what encoder-stage methods did in this call.
+        carried: by step number and name: what they carried, one float32 [N_i] per item.
+        layouts: gives, for every image the encoder gets, the grid of its item and its plane there.
+        token_maps: carries values of all patches of the call to the tokens of each item.
     """
 
     modality: Modality
@@ -65,9 +69,16 @@ class FeatureRecord:
     shrinks_itself: bool = False
     scores: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     encoder_runs: list[Any] = field(default_factory=list)
+    carried: dict[tuple[int, str], list[torch.Tensor]] = field(default_factory=dict)
+    layouts: Callable[[], list[tuple[Grid, int]]] = list
+    token_maps: TokenMaps = lambda score_P: []
     tower: VisionTower | None = None
     views: dict[int, list[EncoderAttentionView]] = field(default_factory=dict)
     items: Callable[[int], list[EncoderAttentionView]] = lambda block: []
+
+    def evidence(self) -> list[list[Evidence]]:
+        """What encoder-stage methods noted, for the tokens of each item."""
+        return encoder_evidence(self.encoder_runs, self.token_maps, len(self.grids))
 
     def item(self, index: int) -> ItemEncoder | None:
         """What the projector stage may read of the encoder for one item."""
@@ -79,6 +90,25 @@ class FeatureRecord:
             return self.items(block)[index] if block in self.views else None
 
         return ItemEncoder(len(tower.blocks), tower.feature_block, view)
+
+
+def carried_maps(
+    runs: Sequence[Any], token_maps: TokenMaps
+) -> dict[tuple[int, str], list[torch.Tensor]]:
+    """What encoder-stage methods carried in all calls of an encoder, for the tokens of each item.
+
+    Args:
+        runs: the `EncoderRun` of every call, in order; they let go of it.
+        token_maps: carries values of all patches of the calls to the tokens of each item.
+    """
+    names = set(runs[0].carried).intersection(*(run.carried for run in runs)) if runs else set()
+    maps = {
+        key: list(token_maps(torch.cat([run.carried[key].flatten() for run in runs])))
+        for key in sorted(names)
+    }
+    for run in runs:
+        run.carried = {}
+    return maps
 
 
 class FeatureWatch(OfOneModel):
@@ -117,6 +147,14 @@ class FeatureWatch(OfOneModel):
     def current(self) -> FeatureRecord | None:
         """The record of the feature method that is running in this thread."""
         return getattr(self._local, "current", None)
+
+    def layouts(self) -> Sequence[tuple[Grid, int]]:
+        """For every image of the running call of the encoder, its item's grid and its plane."""
+        record = self.current
+        if record is None:
+            return ()
+        first = sum(images for images, _ in record.tower_inputs[:-1])
+        return record.layouts()[first : first + record.tower_inputs[-1][0]]
 
     def begin(self, outputs: Mapping[str, Any]) -> None:
         """A call of the model starts; `outputs` are features computed earlier, by modality.
@@ -169,18 +207,31 @@ class FeatureWatch(OfOneModel):
             if self.current is not None or not self.active():
                 return original(*args, **kwargs)
             record = FeatureRecord(modality)
+            arguments = dict(signature.bind(*args, **kwargs).arguments)
+            arguments.update(arguments.pop("kwargs", {}))
+            # Asked for by few methods, in the middle of the call.
+            record.layouts = functools.cache(lambda: self._layouts(modality, arguments))
             self._local.current = record
             try:
                 output = original(*args, **kwargs)
             finally:
-                self._local.current = None
-            arguments = dict(signature.bind(*args, **kwargs).arguments)
-            arguments.update(arguments.pop("kwargs", {}))
+                self._local.current, record.layouts = None, list
             self._finish(record, arguments, output)
             return output
 
         self._replaced[name] = self.base.__dict__.get(name)
         self.base.__dict__[name] = watched
+
+    def _layouts(
+        self, modality: Modality, arguments: Mapping[str, Any]
+    ) -> list[tuple[Grid, int]]:
+        grids = self.adapter.grids(self.model, modality, arguments, None)
+        planes = self.adapter.encoder_planes(self.model, modality, arguments, grids)
+        return [
+            (grid, plane)
+            for grid, item_planes in zip(grids, planes, strict=True)
+            for plane in item_planes
+        ]
 
     def _finish(self, record: FeatureRecord, arguments: Mapping[str, Any], output: Any) -> None:
         features = getattr(output, "pooler_output", None)
@@ -193,9 +244,11 @@ class FeatureWatch(OfOneModel):
         def token_scores(score_P: torch.Tensor) -> list[torch.Tensor]:
             return self.adapter.token_scores(*given, score_P, arguments, grids)
 
+        record.token_maps = token_scores
         for name, parts in record.scores.items():
             record.signals[name] = token_scores(torch.cat(parts))
         record.scores = {}
+        record.carried = carried_maps(record.encoder_runs, token_scores)
 
         # Not through the record, which would then hold itself, and its queries, until collected.
         views, grid_thw = record.views, record.grid_thw

@@ -22,6 +22,7 @@ from foveate.attach.equal_distance import replace_forwards
 from foveate.attach.evidence import item_spans, observe
 from foveate.attach.features import FeatureRecord, FeatureWatch
 from foveate.attach.masks import MaskMaker
+from foveate.attach.noting import Trails
 from foveate.attach.plan import is_compact, plan_cache, plan_decoder
 from foveate.attach.prompt import PromptReducer, find_items
 from foveate.attach.rules import ask_rules, plan_rules
@@ -43,6 +44,7 @@ class LanguageSettings:
         active: whether the next call removes anything.
         new_report: an empty report of a call.
         publish: takes (report, feature records) of a finished call.
+        evidence: whether what methods note is going to be drawn.
     """
 
     recipe: Recipe
@@ -53,6 +55,7 @@ class LanguageSettings:
     publish: Callable[[Report, list[FeatureRecord]], None]
     mask_only: bool = False
     seed: int = 0
+    evidence: bool = False
 
 
 @dataclass(eq=False)
@@ -243,6 +246,8 @@ class LanguageStage(OfOneModel):
                 for step in self.decoder_steps
                 if "projector" not in step.method.stages()
             ],
+            evidence=self.settings.evidence,
+            stages={i: step.stages for i, step in enumerate(self.settings.recipe)},
         )
         embeds, sequence, positions, moved = reducer(embeds, valid, positions, items, deepstack)
         if moved is not None and cache is not None:
@@ -255,6 +260,7 @@ class LanguageStage(OfOneModel):
         call.spans = item_spans(sequence) if self.decoder_steps else []
         call.columns, call.num_columns = reducer.columns, reducer.num_columns
         call.repeats = self.state.repeats
+        call.trails = Trails.of(call) if self.settings.evidence else None
         if self.rule_steps:
             positions = ask_rules(call, self.rule_steps, positions)
         if self.blockwise is not None:

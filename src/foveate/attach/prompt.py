@@ -6,6 +6,7 @@ Legend: B batch, L padded length, N tokens of a visual item, D channels, P rows 
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 from foveate.attach.features import FeatureRecord
+from foveate.attach.noting import projector_notebook
 from foveate.attach.sequence import (
     Layout,
     Sequence,
@@ -32,6 +34,7 @@ from foveate.core import (
     ProjectorContext,
     Reduction,
     Report,
+    Stage,
     StageReport,
     Tokens,
 )
@@ -85,7 +88,7 @@ def _deal(
     repeats: int,
     samples: list[list[VisualItem]],
 ) -> None:
-    pixels = _shared_pixels(record.pixels)
+    pixels, evidence = _shared_pixels(record.pixels), record.evidence()
     start = pointer = 0
     for sample, rows in enumerate(rows_per_sample):
         if sample % repeats == 0:
@@ -105,6 +108,7 @@ def _deal(
                     "prefilled in chunks? That is not supported yet)."
                 )
             item_report = ItemReport(sample, record.modality, grid)
+            item_report.evidence += evidence[pointer]
             if pixels is not None:
                 item_report.pixels = lambda index=pointer: pixels()[index]
             signals = {name: parts[pointer] for name, parts in record.signals.items()}
@@ -117,6 +121,7 @@ def _deal(
                     signals,
                     item_report,
                     encoder=record.item(pointer),
+                    from_encoder={key: parts[pointer] for key, parts in record.carried.items()},
                 )
             )
             offset += grid.num_tokens
@@ -144,6 +149,8 @@ class PromptReducer:
         columns: after a call: per sample, places of the remaining tokens in the prompt before any
             reduction, padding not counted, int64 [S].
         num_columns: after a call: per sample, tokens of that prompt.
+        evidence: whether what methods note is going to be drawn.
+        stages: by step number, the stages at which the step acts.
     """
 
     steps: list[tuple[int, Method]]
@@ -155,6 +162,8 @@ class PromptReducer:
     carriers: list[tuple[int, Method]] = field(default_factory=list)
     columns: list[torch.Tensor] = field(default_factory=list)
     num_columns: list[int] = field(default_factory=list)
+    evidence: bool = False
+    stages: Mapping[int, tuple[Stage, ...]] = field(default_factory=dict)
 
     def reduce_item(
         self,
@@ -187,6 +196,15 @@ class PromptReducer:
                 value = value.to(x_1ND.device)[None]
                 return value if composed is None else composed.gather(value, float("nan"))
 
+            def read_carried(
+                name: str, step: int = step, composed: Reduction | None = composed
+            ) -> torch.Tensor | None:
+                value_N = item.from_encoder.get((step, name))
+                if value_N is None:
+                    return None
+                value_N = value_N.to(x_1ND.device)
+                return value_N if composed is None else composed.gather(value_N[None], math.nan)[0]
+
             context = ProjectorContext(
                 budget=budget,
                 method=method.name,
@@ -197,10 +215,14 @@ class PromptReducer:
                 read=read,
                 encoder_layers=encoder_layers(item, method),
                 read_encoder=encoder_reader(item, method, composed, x_1ND.device),
+                read_carried=read_carried,
+                stages=self.stages.get(step, ()),
+                notebook=projector_notebook(item.report, composed, tokens.num_tokens)
+                if self.evidence
+                else None,
             )
             with torch.no_grad():
                 reduction = method.projector(tokens, context)
-            item.report.annotations.update(context.state)
             for name, value_N in context.carried.items():
                 item.carried[step, name] = checked_carry(method, name, value_N, tokens)
             if reduction is None or reduction.is_identity:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from foveate.attach.cache import move_positions
+from foveate.attach.noting import sample_notebook
 from foveate.attach.plan import StepPlan
 from foveate.attach.sequence import Sequence
 from foveate.core import AttentionRule, Method, Recipe, RuleContext
@@ -154,6 +155,7 @@ def _context(
         column_S=call.columns[sample],
         num_columns=call.num_columns[sample],
         position_PS=position_PBL[:, sample, rows_S],
+        notebook=sample_notebook(call, "decoder", None, sample),
     )
 
 

@@ -180,7 +180,7 @@ def show_command(
             save_report(report, target, title=f"{Path(source).name}: what {made} kept")
     if as_json:
         document = report.as_dict() | {"video": str(source), "html": target and str(target)}
-        document["segments"] = report.items[0].annotations.get("segments", [])
+        document["segments"] = report.items[0].segments
         document["not_run"] = [{"method": m, "stage": s} for m, s in stages_not_run(made)]
         print_json(document)
         return

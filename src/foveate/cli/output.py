@@ -153,7 +153,7 @@ def facts(report: Report) -> Table:
 def segment_line(report: Report) -> str:
     """The segments of the first video that has some, in frames."""
     for item in report.items:
-        found = item.annotations.get("segments")
+        found = item.segments
         if found:
             spans = ", ".join(f"{a}-{b}" if a != b else f"{a}" for a, b in found)
             return f"{len(found)} (frames {spans})"

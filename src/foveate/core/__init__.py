@@ -14,6 +14,7 @@ from foveate.core.context import (
     ProjectorContext,
 )
 from foveate.core.encoder_attention import EncoderAttentionView
+from foveate.core.evidence import Evidence, EvidenceKind, Notebook
 from foveate.core.grid import Grid, Modality, Plane, TokenKind
 from foveate.core.method import Count, Method, relative_layer
 from foveate.core.newlines import NewlinePolicy, with_newlines, with_special
@@ -29,8 +30,10 @@ from foveate.core.reduction import Reduction
 from foveate.core.registry import METHODS, get_method, list_methods, register_method
 from foveate.core.report import ItemReport, Report, StageReport
 from foveate.core.rule import AttentionRule, RuleContext
+from foveate.core.search import SearchRange
 from foveate.core.selector import PatchSelector, PlaneSelector
 from foveate.core.step import Step
+from foveate.core.storage import CacheStorage
 from foveate.core.tokens import Tokens
 
 __all__ = [
@@ -41,12 +44,15 @@ __all__ = [
     "AttentionView",
     "Budget",
     "CacheContext",
+    "CacheStorage",
     "Card",
     "Context",
     "Count",
     "DecoderContext",
     "EncoderAttentionView",
     "EncoderContext",
+    "Evidence",
+    "EvidenceKind",
     "Grid",
     "ItemReport",
     "Kind",
@@ -55,6 +61,7 @@ __all__ = [
     "Modality",
     "ModuleContext",
     "NewlinePolicy",
+    "Notebook",
     "PatchSelector",
     "Plane",
     "PlaneSelector",
@@ -63,6 +70,7 @@ __all__ = [
     "Reduction",
     "Report",
     "RuleContext",
+    "SearchRange",
     "Stage",
     "StageReport",
     "Step",

@@ -6,14 +6,16 @@ I visual items of a sample, D channels, H query heads, G key heads, d head chann
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn
 
 import torch
 
 from foveate.core.budget import Budget
+from foveate.core.card import Stage
 from foveate.core.encoder_attention import EncoderAttentionView
+from foveate.core.evidence import EvidenceKind, Notebook
 from foveate.core.grid import Grid, Modality
 from foveate.errors import MissingSignalError
 
@@ -129,12 +131,51 @@ class Context:
         method: registry name, for error messages.
         seed: for methods that draw random numbers; equal seeds give equal choices.
         state: the method's own scratch, alive for one forward call of one sample.
+        notebook: takes what the method notes; None: nobody is going to draw it.
+        stages: the stages at which the recipe lets the method act; use `acts`.
     """
 
     budget: Budget
     method: str = ""
     seed: int = 0
     state: MutableMapping[str, Any] = field(default_factory=dict)
+    notebook: Notebook | None = None
+    stages: tuple[Stage, ...] = ()
+
+    def acts(self, stage: Stage) -> bool:
+        """Whether the recipe lets the method act at `stage`, too; True when nothing is known."""
+        return not self.stages or stage in self.stages
+
+    def note(self, name: str, value: Any, kind: EvidenceKind = "heat", caption: str = "") -> None:
+        """Show people what the method goes by; it is drawn on the frames, and changes nothing.
+
+        Costs nothing unless evidence was asked for: `foveate.reduce(..., evidence=True)`.
+
+        Args:
+            name: what it is, in the paper's words ("text attention").
+            value: by kind, a tensor or a list; or a function without arguments that gives it and
+                is called only if somebody draws. Per token means per token that the stage sees:
+                [N] in the projector stage, [B, prefix + N] in the encoder stage, [N] visual tokens
+                in all others.
+            kind: "heat", a number per token, NaN for nothing; "label", an integer per token
+                (segment, cluster, group), -1 for none; "mark", a bool per token; "frames", pairs
+                (first, last) of planes, inclusive; "boxes", (plane, top, left, bottom, right) in
+                cells of the grid, bottom and right exclusive. The last two in the projector stage.
+            caption: a sentence for people.
+
+        Raises:
+            ValueError: evidence was asked for, and the value has another length or dtype.
+
+        Example:
+            >>> seen = []
+            >>> book = Notebook("projector", (2,), seen.append)
+            >>> context = Context(Budget(0.5), "example", notebook=book)
+            >>> context.note("saliency", torch.tensor([0.25, 0.75]))
+            >>> seen[0].name, seen[0].value.tolist()
+            ('saliency', [0.25, 0.75])
+        """
+        if self.notebook is not None:
+            self.notebook.add(self.method, name, value, kind, caption)
 
     def generator(self, device: torch.device | str = "cpu") -> torch.Generator:
         """A fresh generator with this context's seed."""
@@ -149,17 +190,35 @@ class EncoderContext(Context):
         layer: index of the block, 0-based.
         num_layers: blocks that run.
         num_prefix: [CLS] and register tokens at the front of the sequence.
+        has_cls: the first of them is a [CLS] token.
         keys_BHNd: keys of this block's attention.
         queries_BHNd: queries of this block's attention.
         values_BHNd: values of this block's attention, where the method sets `reads_values`.
+        layouts: `layouts()` gives, for every image of the call, the grid of the visual item that it
+            belongs to and its plane there (all tiles of a mosaic share one); empty for an encoder
+            alone.
+        carried: what `carry` noted.
     """
 
     layer: int = 0
     num_layers: int = 1
     num_prefix: int = 0
+    has_cls: bool = False
     keys_BHNd: torch.Tensor | None = None
     queries_BHNd: torch.Tensor | None = None
     values_BHNd: torch.Tensor | None = None
+    layouts: Callable[[], Sequence[tuple[Grid, int]]] = tuple
+    carried: MutableMapping[str, torch.Tensor] = field(default_factory=dict)
+
+    def carry(self, name: str, value_BP: torch.Tensor) -> None:
+        """Hand one number per patch of every image, [B, P], to the same method's projector stage.
+
+        P counts the patches that entered the first block, whatever has become of them
+        (`Reduction.restore` spreads numbers of present tokens over them); a later call under the
+        same name replaces an earlier one. The numbers go the way of the features, and
+        `ProjectorContext.carried_from_encoder(name)` has them per token of the language model.
+        """
+        self.carried[name] = value_BP
 
 
 @dataclass(eq=False)
@@ -173,6 +232,7 @@ class ProjectorContext(Context):
         read: gives a declared signal or None; use `signal`.
         encoder_layers: the blocks that the method's `encoder_layers` declared, in its order.
         read_encoder: gives the view of a declared block or None; use `encoder_attention`.
+        read_carried: gives what the encoder stage carried or None; use `carried_from_encoder`.
         carried: what `carry` noted.
     """
 
@@ -182,6 +242,7 @@ class ProjectorContext(Context):
     read: Callable[[str], torch.Tensor | None] = lambda name: None
     encoder_layers: tuple[int, ...] = ()
     read_encoder: Callable[[int], EncoderAttentionView | None] = lambda layer: None
+    read_carried: Callable[[str], torch.Tensor | None] = lambda name: None
     carried: MutableMapping[str, torch.Tensor] = field(default_factory=dict)
 
     def carry(self, name: str, value_N: torch.Tensor) -> None:
@@ -191,6 +252,24 @@ class ProjectorContext(Context):
         token has the value of its anchor.
         """
         self.carried[name] = value_N
+
+    def carried_from_encoder(self, name: str) -> torch.Tensor:
+        """What the method's encoder stage carried here, float32 [N] in the order of the tokens.
+
+        Pooled, unpadded and merged exactly like the features, as encoder signals are; newline and
+        [CLS] tokens hold NaN.
+
+        Raises:
+            ValueError: the encoder stage carried nothing of that name, or did not act.
+        """
+        value_N = self.read_carried(name)
+        if value_N is None:
+            raise ValueError(
+                f"{self.method} carries no {name!r} from its encoder stage for item {self.item}; "
+                f"that stage calls context.carry({name!r}, ...) in every call of the encoder, and "
+                "must be part of the same step of the recipe."
+            )
+        return value_N
 
     def signal(self, *names: str) -> torch.Tensor:
         """The first of the named signals that this model offers.

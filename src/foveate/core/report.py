@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from foveate.core._files import write_text
 from foveate.core.card import Stage
+from foveate.core.evidence import Evidence
 from foveate.core.grid import Grid, Modality
 from foveate.core.reduction import Reduction
 
@@ -48,7 +49,8 @@ class ItemReport:
         reduction: from the item's tokens to those that entered the language model (B = 1); None
             when nothing was removed.
         alive: per decoder layer that removed tokens, the indices of surviving targets.
-        annotations: what methods noted, e.g. "segments" [(first, last frame)].
+        evidence: what methods noted, where it was asked for; values per token are over the item's
+            tokens before any reduction.
         pixels: zero-argument function giving uint8 frames [T, 3, h, w] for pictures, or None.
         seconds: timestamps of the frames, if known.
     """
@@ -58,9 +60,14 @@ class ItemReport:
     grid: Grid
     reduction: Reduction | None = None
     alive: dict[int, torch.Tensor] = field(default_factory=dict)
-    annotations: dict[str, Any] = field(default_factory=dict)
+    evidence: list[Evidence] = field(default_factory=list)
     pixels: Any = None
     seconds: Sequence[float] | None = None
+
+    @property
+    def segments(self) -> tuple[tuple[int, int], ...]:
+        """The first runs of frames that a method noted, (first, last) planes; () without any."""
+        return next((noted.value for noted in self.evidence if noted.kind == "frames"), ())
 
     @property
     def before(self) -> int:

@@ -295,7 +295,7 @@ class HoliTom(Method):
         return Count(min(min(most, patches) + special, grid.num_tokens), exact=False)
 
     def projector(self, tokens: Tokens, context: ProjectorContext) -> Reduction | None:
-        """Reduce one video; its segments go to `context.state` ("segments", "static")."""
+        """Reduce one video."""
         grid = context.grid
         if grid.modality == "image" or context.budget.is_full:
             return None
@@ -316,6 +316,7 @@ class HoliTom(Method):
         )
         context.state["segments"] = [(a, b) for a, b in merged.segmentation.bounds.tolist()]
         context.state["static"] = merged.static_TN
+        context.note("segments", merged.segmentation.bounds, "frames", "runs of similar frames")
         return self._in_prompt_order(merged, grid, patch_P)
 
     def decoder_layers(self, num_layers: int) -> tuple[int, ...]:

@@ -113,7 +113,7 @@ def ask(
     inputs.pop("batch_num_images", None)
     run = None
     if recipe is not None:
-        run = reduce(model, recipe, retain=retain, tokens=tokens, **arguments)
+        run = reduce(model, recipe, retain=retain, tokens=tokens, evidence=True, **arguments)
     try:
         answer = _generate(model, processor, inputs, max_new_tokens, on_text)
         if run is not None:

@@ -113,7 +113,7 @@ def view_item(item: ItemReport) -> ItemView:
         num_groups=num_groups,
         colour_M=_colour_numbers(kept_P, merged_M),
         specials=_specials(kind_N, group_N),
-        segments=_segments(item.annotations.get("segments"), len(grid.planes)),
+        segments=_segments(item.segments, len(grid.planes)),
         seconds=_plane_seconds(item.seconds, grid),
         alive=_alive(item, num_groups),
     )

@@ -229,6 +229,7 @@ def _reduce(
         seed=seed,
         report=report,
         text_ids=None,
+        evidence=True,
     )
     visual = VisualItem(0, modality, grid, order_N, signals, item, encoder=seen)
     x_1ND = x_TPC.flatten(0, 1)[None]
