@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from pathlib import Path
 
 # Before anything imports transformers or torch: both read the environment once, at import.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -17,6 +18,7 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
 
 import pytest
 from hypothesis import HealthCheck, settings
+from matrix_record import MatrixRecorder, describe
 
 # Derandomised: the suite gives the same verdict on every machine and every run. Deadlines would
 # make tests depend on the machine's speed.
@@ -28,6 +30,25 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("foveate")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--record-matrix",
+        type=Path,
+        metavar="FILE",
+        help="write what the behaviour suite found, for scripts/compatibility.py",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    file = config.getoption("record_matrix")
+    if file is not None and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(MatrixRecorder(file))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    describe(item)
 
 
 @pytest.fixture(autouse=True)

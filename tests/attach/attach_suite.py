@@ -6,11 +6,12 @@ Legend: B samples, L padded tokens, S tokens of a sample, N tokens of an item, D
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
+import pytest
 import torch
 from method_table import METHOD_TABLE, WITH_VIDEOS
 from torch import nn
@@ -19,15 +20,20 @@ import foveate
 from foveate.models.registry import adapter_for
 from tiny import TINY_FAMILIES, Sample, tiny_inputs, tiny_modalities, tiny_model
 
-#: Families that between them have [CLS], newlines, tiles, M-RoPE, deepstack and packed rows.
-REPRESENTATIVE = ("llava_onevision", "qwen3_vl", "internvl")
+ALL = TINY_FAMILIES
+#: What `make test-fast` runs: newlines and two modalities; M-RoPE, deepstack and packed rows.
+QUICK = ("llava_onevision", "qwen3_vl")
 TOLERANCE = 2e-5
 
 
 @lru_cache
+def _model(family: str, dtype: torch.dtype, attn: str) -> nn.Module:
+    return tiny_model(family, dtype=dtype, attn=attn)
+
+
 def model_of(family: str, dtype: torch.dtype = torch.float32, attn: str = "sdpa") -> nn.Module:
     """One model per configuration for the whole process; a leftover hook would show elsewhere."""
-    return tiny_model(family, dtype=dtype, attn=attn)
+    return _model(family, dtype, attn)
 
 
 def samples_of(family: str) -> tuple[Sample, ...]:
@@ -51,15 +57,48 @@ def one_of(family: str, index: int = 0) -> dict[str, torch.Tensor]:
     return tiny_inputs(family, samples=(samples_of(family)[index],))
 
 
-def cases(families: tuple[str, ...] = REPRESENTATIVE, **wanted: Any) -> list[tuple[str, str]]:
-    """(method, family) pairs; a method that runs on none of the families takes its first two."""
-    pairs = []
+def behaviour(
+    title: str, *, quick: tuple[str, ...] = QUICK[:1], **wanted: Any
+) -> Callable[[Callable], Callable]:
+    """Run a test for every method on every family it is for; the property is a row of the matrix.
+
+    Cases beyond the `quick` families have the marker `matrix`, except for one family of a method
+    that runs on none of them.
+
+    Args:
+        title: of the property, in docs/compatibility.md.
+        quick: families that a developer waits for.
+        wanted: fields of the table's rows, such as `reduces=True`.
+    """
+    found = []
     for name, row in METHOD_TABLE.items():
         if any(getattr(row, field) != value for field, value in wanted.items()):
             continue
-        fitting = [family for family in families if family in row.families]
-        pairs += [(name, family) for family in fitting or row.families[:2]]
-    return pairs
+        fast = [family for family in quick if family in row.families] or row.families[:1]
+        found += [
+            pytest.param(name, family, marks=() if family in fast else pytest.mark.matrix)
+            for family in row.families
+        ]
+    return _recorded(title, found)
+
+
+def elsewhere(title: str) -> Callable[[Callable], Callable]:
+    """Run a test for every method on every family that its row leaves out."""
+    found = [
+        pytest.param(name, family)
+        for name, row in METHOD_TABLE.items()
+        for family in ALL
+        if family not in row.families
+    ]
+    return _recorded(title, found)
+
+
+def _recorded(title: str, found: list[Any]) -> Callable[[Callable], Callable]:
+    def decorate(test: Callable) -> Callable:
+        marked = pytest.mark.behaviour(title)(test)
+        return pytest.mark.parametrize(("name", "family"), found)(marked)
+
+    return decorate
 
 
 def attach(name: str, model: nn.Module, **options: Any) -> foveate.Attachment:
@@ -67,6 +106,16 @@ def attach(name: str, model: nn.Module, **options: Any) -> foveate.Attachment:
     if row.reduces and not {"retain", "tokens"} & set(options):
         options["retain"] = row.retain
     return foveate.reduce(model, row.recipe, **options)
+
+
+def chosen(run: foveate.Attachment) -> list[set[int]]:
+    """The tokens of every item that are left, or stand for what is left."""
+    return [
+        set(range(item.before))
+        if item.reduction is None
+        else set(item.reduction.anchor_BM[0].tolist())
+        for item in run.report.items
+    ]
 
 
 def greedy(model: nn.Module, inputs: dict[str, Any], num: int = 4, **settings: Any) -> Any:
@@ -134,6 +183,3 @@ def assert_same(before: dict[str, dict], after: dict[str, dict]) -> None:
                 assert value == now, (name, key)
             else:
                 assert value is now or value == now, (name, key)
-
-
-ALL = TINY_FAMILIES

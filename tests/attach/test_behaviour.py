@@ -10,11 +10,13 @@ from itertools import pairwise
 import pytest
 import torch
 from attach_suite import (
-    ALL,
+    QUICK,
     TOLERANCE,
     attach,
     batch_of,
-    cases,
+    behaviour,
+    chosen,
+    elsewhere,
     greedy,
     logits_of,
     model_of,
@@ -24,16 +26,14 @@ from attach_suite import (
     spied,
     untouched,
 )
+from matrix_record import note
 from method_table import METHOD_TABLE
 
 import foveate
 from foveate.core import Budget, Recipe, get_method, list_methods
 from foveate.errors import AttachmentError
 from foveate.models.registry import adapter_for
-from tiny import PACKED, Sample, tiny_inputs
-
-every_case = pytest.mark.parametrize(("name", "family"), cases())
-every_case_everywhere = pytest.mark.parametrize(("name", "family"), cases(ALL))
+from tiny import PACKED, Sample, tiny_inputs, tiny_modalities
 
 
 def test_every_method_has_a_row():
@@ -43,7 +43,7 @@ def test_every_method_has_a_row():
         assert (step.method.name, step.stages) == (name, row.stages)
 
 
-@every_case_everywhere
+@behaviour("retain=1.0 is the untouched model, bit by bit", quick=QUICK)
 def test_keeping_all_is_the_untouched_model(name, family):
     model, inputs = model_of(family), batch_of(family)
     expected, ids = untouched(family)
@@ -55,6 +55,41 @@ def test_keeping_all_is_the_untouched_model(name, family):
     assert type(out.past_key_values.layers[0]).__name__ == "DynamicLayer"
 
 
+@behaviour("acts: fewer tokens, or other attention", quick=QUICK)
+def test_the_method_acts(name, family, request):
+    """At which stages, for images and for videos: a method that does nothing is found here."""
+    model, row, acted = model_of(family), METHOD_TABLE[name], {}
+    for modality in tiny_modalities(family):
+        inputs = tiny_inputs(family, samples=(Sample(items=(modality,), seed=0),))
+        before = greedy(model, inputs, 2).logits
+        with attach(name, model) as run:
+            after = greedy(model, inputs, 2).logits  # the second token knows of the cache stage
+            report = run.report
+        stages = [stage.stage for stage in report.stages if sum(stage.after) < sum(stage.before)]
+        changed = not all(map(torch.equal, before, after))
+        assert changed == bool(stages or not row.reduces)
+        acted[modality] = stages if row.reduces else list(row.stages)
+        if row.reduces and (row.on_images or {item.modality for item in report.items} == {"video"}):
+            assert set(stages) == set(get_method(name).reducing_stages()) & set(row.stages)
+    note(request, acted=acted)
+    assert any(acted.values())
+
+
+@elsewhere("acts: fewer tokens, or other attention")
+def test_other_families_are_refused_or_left_as_they_are(name, family, request):
+    model, inputs = model_of(family), batch_of(family)
+    try:
+        with attach(name, model) as run:
+            logits = logits_of(model, inputs)
+    except AttachmentError as error:
+        note(request, refused=str(error))
+    else:
+        assert run.report.visual_after == run.report.visual_before > 0
+        assert torch.equal(logits, untouched(family)[0])
+        note(request, acted={modality: [] for modality in tiny_modalities(family)})
+    assert torch.equal(logits_of(model, inputs), untouched(family)[0])
+
+
 @pytest.mark.parametrize("family", PACKED)
 def test_encoder_methods_refuse_packed_encoders(family):
     model = model_of(family)
@@ -63,7 +98,7 @@ def test_encoder_methods_refuse_packed_encoders(family):
     assert torch.equal(logits_of(model, batch_of(family)), untouched(family)[0])
 
 
-@every_case
+@behaviour("a batch padded on the left: greedy generation as alone", quick=QUICK)
 def test_padded_batch_equals_single_samples(name, family):
     model = model_of(family)
     with attach(name, model) as run:
@@ -78,7 +113,7 @@ def test_padded_batch_equals_single_samples(name, family):
                 ]
 
 
-@every_case
+@behaviour("a batch padded on the right: logits as alone")
 def test_right_padding_equals_single_samples(name, family):
     """After a reduction the padding is on the left: the last column is every row's last token."""
     model, inputs = model_of(family), batch_of(family, "right")
@@ -143,7 +178,7 @@ def expected_prompt(family: str, sample: int, items: list, embeds_LD: torch.Tens
     return torch.cat([*parts, embeds_LD[text]])[order], torch.tensor(exact)[order]
 
 
-@every_case_everywhere
+@behaviour("what enters the LLM is what the report says, token by token", quick=QUICK)
 def test_counts_and_provenance(name, family):
     """What entered the language model is what the report says, token by token."""
     row, method = METHOD_TABLE[name], next(iter(Recipe.of(METHOD_TABLE[name].recipe))).method
@@ -172,7 +207,7 @@ def test_counts_and_provenance(name, family):
         assert run.report.prompt_lengths[sample] == len(expected_SD)
 
 
-@every_case
+@behaviour("tokens leave layers and caches for good, none is only masked", quick=QUICK)
 def test_later_stages_report_what_they_removed(name, family):
     row = METHOD_TABLE[name]
     model, inputs = model_of(family), one_of(family)
@@ -199,9 +234,9 @@ def test_later_stages_report_what_they_removed(name, family):
     assert all(layer.valid_BT is None for layer in cache.layers if hasattr(layer, "valid_BT"))
 
 
-@pytest.mark.parametrize("name", METHOD_TABLE)
-def test_runs_repeat(name):
-    model, inputs = model_of("llava_onevision"), batch_of("llava_onevision")
+@behaviour("equal seeds give equal results")
+def test_runs_repeat(name, family):
+    model, inputs = model_of(family), batch_of(family)
     results = []
     for seed in (0, 0, 1):
         with attach(name, model, seed=seed):
@@ -210,16 +245,7 @@ def test_runs_repeat(name):
     assert torch.equal(results[0], results[2]) == (name != "random")
 
 
-def chosen(run: foveate.Attachment) -> list[set[int]]:
-    return [
-        set(range(item.before))
-        if item.reduction is None
-        else set(item.reduction.anchor_BM[0].tolist())
-        for item in run.report.items
-    ]
-
-
-@every_case
+@behaviour("bfloat16")
 def test_bfloat16(name, family):
     kept = []
     for dtype in (torch.float32, torch.bfloat16):
@@ -243,15 +269,32 @@ def test_bfloat16(name, family):
         assert min(overlap) >= 0.7
 
 
-@pytest.mark.parametrize(("name", "family"), cases(("llava_onevision", "llava_next_video")))
+@behaviour("eager attention: the same as sdpa")
+def test_eager_equals_sdpa(name, family):
+    """Nor does a method that reads attention switch the model to eager."""
+    found = []
+    for attn in ("sdpa", "eager"):
+        model = model_of(family, attn=attn)
+        with attach(name, model) as run:
+            out = greedy(model, batch_of(family), 3)
+        assert model.config._attn_implementation == attn
+        found.append((out, chosen(run), run.report.as_dict()["layer_lengths"]))
+    (sdpa, kept, lengths), (eager, eager_kept, eager_lengths) = found
+    assert eager_kept == kept and eager_lengths == lengths
+    for row in range(3):
+        same_steps(sdpa, row, eager, row)
+
+
+@behaviour("several images and videos in one prompt")
 def test_images_and_videos_in_one_sample(name, family):
-    sample = Sample(text=(2, 3, 1, 4), items=("image", "video", "image"), seed=3)
+    kinds = ("image", tiny_modalities(family)[-1], "image")
+    sample = Sample(text=(2, 3, 1, 4), items=kinds, seed=3)
     model, inputs = model_of(family), tiny_inputs(family, samples=(sample,))
     with attach(name, model) as run:
         mixed = logits_of(model, inputs)[0, -1]
         items = run.report.items
         if "video" in {item.modality for item in items}:
-            assert [item.modality for item in items] == ["image", "video", "image"]
+            assert [item.modality for item in items] == list(kinds)
         # An item's own tokens are chosen as if it were alone, whatever stands beside it.
         assert torch.isfinite(mixed).all()
         together = tiny_inputs(family, samples=(sample, Sample(seed=4)))

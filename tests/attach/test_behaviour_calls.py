@@ -8,7 +8,7 @@ from attach_suite import (
     TOLERANCE,
     attach,
     batch_of,
-    cases,
+    behaviour,
     greedy,
     logits_of,
     model_of,
@@ -17,6 +17,7 @@ from attach_suite import (
     samples_of,
     spied,
 )
+from matrix_record import note
 from method_table import METHOD_TABLE
 
 import foveate
@@ -25,12 +26,8 @@ from foveate.errors import AttachmentError
 from foveate.models.registry import adapter_for
 from tiny import Sample, tiny_inputs
 
-TWO = ("llava_onevision", "qwen3_vl")
-every_case = pytest.mark.parametrize(("name", "family"), cases(TWO))
-every_method = pytest.mark.parametrize(("name", "family"), cases(("llava_onevision",)))
 
-
-@every_method
+@behaviour("sampling, two replies per prompt")
 def test_sampling_repeats_with_the_seed(name, family):
     model, inputs = model_of(family), batch_of(family)
     drawn = []
@@ -43,7 +40,7 @@ def test_sampling_repeats_with_the_seed(name, family):
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
 
 
-@every_case
+@behaviour("beam search of a batch as alone")
 def test_beams_of_a_batch_equal_those_of_its_samples(name, family):
     model = model_of(family)
     with attach(name, model):
@@ -54,13 +51,17 @@ def test_beams_of_a_batch_equal_those_of_its_samples(name, family):
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-@pytest.mark.parametrize(
-    ("name", "family"), [case for case in cases(TWO, reduces=True) if case[0] != "tome"]
-)
-def test_one_budget_per_sample(name, family, beams):
+@behaviour("a budget of its own for every sample", reduces=True)
+def test_one_budget_per_sample(name, family, beams, request):
     model, row = model_of(family), METHOD_TABLE[name]
     samples = samples_of(family)[:2]
     retains = [1.0, row.retain]
+    if name == "tome":
+        # An encoder runs over all images at once.
+        with pytest.raises(AttachmentError, match="must be one value") as refusal:
+            attach(name, model, retain=retains)
+        note(request, refused=str(refusal.value))
+        return
     with attach(name, model, retain=retains):
         both = tiny_inputs(family, samples=samples)
         together = greedy(model, both, num_beams=beams)
@@ -97,7 +98,7 @@ def test_budgets_of_another_number_of_samples_are_refused():
         assert run.budget.retain == (0.5, 0.25, 1.0)
 
 
-@pytest.mark.parametrize(("name", "family"), cases(("llava_onevision",), reduces=True))
+@behaviour("another budget between calls", reduces=True)
 def test_budget_changes_between_calls(name, family):
     model, inputs = model_of(family), one_of(family)
 
@@ -117,7 +118,7 @@ def test_budget_changes_between_calls(name, family):
     assert torch.equal(first, second) == (name == "m3")
 
 
-@every_case
+@behaviour("without a cache, without a mask")
 def test_without_a_cache(name, family):
     """No mask, no cache and gaps in the positions: what looks like packed sequences."""
     model = model_of(family)
@@ -141,7 +142,7 @@ def second_turn(model, inputs, first, num: int = 3) -> dict:
     return {"input_ids": ids, "attention_mask": torch.cat([mask, ones], dim=1)}
 
 
-@every_case
+@behaviour("second turn on the returned cache")
 def test_second_turn_on_the_returned_cache(name, family):
     model, inputs, row = model_of(family), batch_of(family), METHOD_TABLE[name]
     logits = []
@@ -164,7 +165,7 @@ def test_second_turn_on_the_returned_cache(name, family):
         torch.testing.assert_close(other, logits[0], atol=TOLERANCE, rtol=0)
 
 
-@every_case
+@behaviour("second image on the returned cache")
 def test_second_image_on_the_returned_cache(name, family):
     """A new item after a text-only turn and after a shortened one: masks per layer, positions."""
     model = model_of(family)
@@ -191,7 +192,7 @@ def test_second_image_on_the_returned_cache(name, family):
         assert before > 0 and sum(lengths) <= sum(full)
 
 
-@every_case
+@behaviour("prompts of other shapes after each other")
 def test_another_prompt_after_the_first(name, family):
     model, shapes = model_of(family), (one_of(family, 1), one_of(family, 0), batch_of(family))
     with attach(name, model) as run:
@@ -201,7 +202,7 @@ def test_another_prompt_after_the_first(name, family):
         assert torch.equal(a, b) and kept_a == kept_b
 
 
-@every_case
+@behaviour("features computed beforehand")
 def test_features_computed_beforehand(name, family):
     """`mm_encoder_outputs` made inside the attachment are reduced, each with its own layout."""
     model = model_of(family)
@@ -231,7 +232,7 @@ def test_features_computed_beforehand(name, family):
             greedy(model, {**text, "mm_encoder_outputs": {"image": outside}})
 
 
-@every_method
+@behaviour("embeddings given instead of ids")
 def test_embeddings_prepared_by_the_user(name, family):
     model, inputs = model_of(family), batch_of(family)
     table = model.get_input_embeddings()
@@ -289,7 +290,7 @@ def test_mrope_keeps_its_positions(family):
     assert all(tuple(column) in columns for column in after[:, 0].T.tolist())
 
 
-@every_case
+@behaviour("assisted decoding (prompt lookup)")
 def test_assisted_decoding_equals_greedy(name, family):
     """Prompt lookup feeds several tokens at a time and crops what was not accepted."""
     model, inputs = model_of(family), one_of(family)

@@ -1,0 +1,98 @@
+"""`--record-matrix FILE`: what the behaviour suite ran, one JSON line per finished test.
+
+A test takes part through the marker `behaviour(property)`; `attach_suite.behaviour` sets it. What a
+test finds out (a refusal, where a method acted) it adds with `note`. Reports carry both to the main
+process, so that the file is the same with and without pytest-xdist. `scripts/compatibility.py`
+draws the tables of docs/compatibility.md from it.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+KEY = "behaviour"
+
+
+def note(request: pytest.FixtureRequest, **facts: Any) -> None:
+    """Add plain data to the line of the running test."""
+    for key, value in request.node.user_properties:
+        if key == KEY:
+            value.update(facts)
+
+
+def describe(item: pytest.Item) -> None:
+    """Give a behaviour test the properties of its line; other tests are left alone."""
+    marker = item.get_closest_marker(KEY)
+    if marker is None:
+        return
+    parameters = getattr(item, "callspec", None)
+    given = dict(parameters.params) if parameters else {}
+    facts = {"property": marker.args[0], "method": given.pop("name"), **marker.kwargs}
+    facts["family"] = given.pop("family", None) or "llava_onevision"
+    facts["variant"] = {key: value for key, value in given.items() if _plain(value)}
+    item.user_properties.append((KEY, facts))
+
+
+def _plain(value: object) -> bool:
+    return value is None or isinstance(value, str | int | float)
+
+
+class MatrixRecorder:
+    """Writes the lines; lives in the main process alone.
+
+    Args:
+        file: written anew; its folder must exist.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.counts = {"passed": 0, "failed": 0, "skipped": 0}
+        self.began = time.perf_counter()
+
+    def _write(self, mode: str, line: dict[str, Any]) -> None:
+        with self.file.open(mode, encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def pytest_sessionstart(self, session: pytest.Session) -> None:
+        import torch
+        import transformers
+
+        import foveate
+        from foveate.core.hardware import hardware
+
+        self._write(
+            "w",
+            {
+                "kind": "run",
+                "command": shlex.join(["pytest", *session.config.invocation_params.args]),
+                "date": datetime.now(UTC).date().isoformat(),
+                "foveate": foveate.__version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "python": platform.python_version(),
+                "platform": sys.platform,
+                "hardware": hardware(torch.device("cpu")),
+            },
+        )
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when != "call" and report.outcome == "passed":
+            return
+        self.counts[report.outcome] += 1
+        for key, facts in report.user_properties:
+            if key == KEY and isinstance(facts, dict):
+                line = {"kind": "test", **facts, "outcome": report.outcome}
+                self._write("a", {**line, "seconds": round(report.duration, 3)})
+
+    def pytest_sessionfinish(self) -> None:
+        seconds = round(time.perf_counter() - self.began, 1)
+        self._write("a", {"kind": "end", **self.counts, "seconds": seconds})
