@@ -97,6 +97,7 @@ METHOD_TABLE: dict[str, Row] = {
     "transprune": Row("transprune", ("decoder",), reads_text=True),
     "ts_llava": Row("ts_llava", ("projector",), families=WITH_VIDEOS, on_images=False),
     "uniform": Row("uniform", ("projector",), exact=False),
+    "vflowopt": Row("vflowopt", ("projector", "decoder"), exact=False, merges=True),
     "vidcom2": Row("vidcom2", ("projector",), families=WITH_VIDEOS, on_images=False),
     "video_xl2": Row(
         "video_xl2(block_units=1, previous_blocks=1, chunk_units=1)", ("cache",), reads_text=True

@@ -40,6 +40,7 @@ _BUILTIN: dict[str, str] = {
     "transprune": "foveate.methods.transprune:TransPrune",
     "ts_llava": "foveate.methods.ts_llava:TSLLaVA",
     "uniform": "foveate.methods.uniform:Uniform",
+    "vflowopt": "foveate.methods.vflowopt:VFlowOpt",
     "vidcom2": "foveate.methods.vidcom2:VidCom2",
     "video_xl2": "foveate.methods.video_xl2:VideoXL2",
     "visionzip": "foveate.methods.visionzip:VisionZip",

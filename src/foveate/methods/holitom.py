@@ -9,6 +9,7 @@ S segments, K kept tokens, M target tokens, H heads.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -24,6 +25,7 @@ from foveate.core import (
     Method,
     ProjectorContext,
     Reduction,
+    SearchRange,
     Tokens,
     frames_of,
     with_special,
@@ -282,6 +284,10 @@ class HoliTom(Method):
                 )
         if self.scores == "cls":
             object.__setattr__(self, "needs", ("encoder.cls_attention",))
+
+    def search_space(self, share: float) -> Mapping[str, SearchRange]:
+        """How alike repeated patches are, and what the centre of a merged one weighs."""
+        return {"tau": SearchRange(0.5, 1.0), "beta": SearchRange(0.0, 1.0)}
 
     def count(self, grid: Grid, budget: Budget) -> Count:
         """A bound: rounding up per frame and per segment comes on top of `retain`."""

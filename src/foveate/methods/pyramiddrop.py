@@ -5,12 +5,13 @@ Legend: N visual tokens of one sample, S tokens of its sequence.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
 
 from foveate import ops
-from foveate.core import Card, DecoderContext, Method, Reduction, Tokens
+from foveate.core import Card, DecoderContext, Method, Reduction, SearchRange, Tokens
 
 #: Share of the image tokens that the published schedule keeps at the end of a stage.
 _PUBLISHED_KEEP = 0.5
@@ -110,6 +111,10 @@ class PyramidDrop(Method):
         if self.keep is not None:
             return ends, tuple(self.keep**n for n in range(1, len(ends) + 1))
         return _schedule(share, ends, num_layers)
+
+    def search_space(self, share: float) -> Mapping[str, SearchRange]:
+        """The number of stages, around the published one and those of its ablation."""
+        return {"parts": SearchRange(2, 8, integer=True)}
 
     def decoder_layers(self, num_layers: int) -> tuple[int, ...]:
         """Every layer at which some budget ends a stage."""

@@ -5,6 +5,7 @@ Legend: N visual tokens of one sample, S tokens of its sequence, D channels.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -20,6 +21,7 @@ from foveate.core import (
     Method,
     ModuleContext,
     Reduction,
+    SearchRange,
     Tokens,
     relative_layer,
 )
@@ -199,6 +201,10 @@ class TransPrune(Method):
         if self.shares is not None:
             return cuts, self.shares[len(self.shares) - len(cuts) :]
         return _schedule(share, cuts, num_layers)
+
+    def search_space(self, share: float) -> Mapping[str, SearchRange]:
+        """The weight of the transitions against the instruction's attention."""
+        return {"alpha": SearchRange(0.0, 1.0)}
 
     def decoder_layers(self, num_layers: int) -> tuple[int, ...]:
         """Every layer before which some budget cuts."""

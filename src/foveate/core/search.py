@@ -1,0 +1,58 @@
+"""Which values of a method's arguments are worth trying."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class SearchRange:
+    """Where an argument of a method is searched, both ends included.
+
+    Args:
+        low, high: ends of the range.
+        integer: only whole numbers.
+        log: search on a logarithmic scale.
+
+    Raises:
+        ValueError: the ends are not finite, not in order, not whole where they must be, or not
+            positive on a logarithmic scale.
+
+    Example:
+        >>> SearchRange(0, 8).at(0.25), SearchRange(2, 8, integer=True).at(0.3)
+        (2.0, 4)
+        >>> round(SearchRange(1, 100, log=True).at(0.5), 6)
+        10.0
+    """
+
+    low: float
+    high: float
+    integer: bool = False
+    log: bool = False
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
+            raise ValueError(f"a range needs finite low < high, got {self.low} and {self.high}.")
+        if self.integer and (self.low % 1 or self.high % 1):
+            raise ValueError(f"an integer range has whole ends, got {self.low} and {self.high}.")
+        if self.log and self.low <= 0:
+            raise ValueError(f"a logarithmic range starts above 0, got {self.low}.")
+
+    def at(self, unit: float) -> float:
+        """The value at a place in [0, 1] of the range.
+
+        Whole numbers have equal shares of it.
+        """
+        unit = min(max(unit, 0.0), 1.0)
+        low, high = self.low, self.high
+        if self.integer:
+            # Half a step beyond both ends, so that these are met as often as the others.
+            low, high = low - 0.5, high + 0.5
+        if self.log:
+            value = math.exp(math.log(low) + unit * (math.log(high) - math.log(low)))
+        else:
+            value = low + unit * (high - low)
+        if self.integer:
+            return int(min(max(round(value), self.low), self.high))
+        return min(max(value, self.low), self.high)
