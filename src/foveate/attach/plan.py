@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from foveate.core import Budget, Method, Recipe, Reduction
+from foveate.core import Budget, Method, Recipe, Reduction, Stage
 from foveate.errors import AttachmentError
 from foveate.models.adapter import Adapter
 
@@ -18,7 +18,7 @@ class StepPlan:
     """One method in the decoder or at the cache: where it acts and with which budget.
 
     `returns` are the layers before which parked tokens come back, `observes` those whose modules
-    the method observes.
+    the method observes, `stages` all stages at which the recipe lets it act.
     """
 
     number: int
@@ -28,6 +28,7 @@ class StepPlan:
     returns: frozenset[int] = frozenset()
     renumbers: bool = False
     observes: frozenset[int] = frozenset()
+    stages: tuple[Stage, ...] = ()
 
 
 def placed(reduction: Reduction | None, method: Method, device: torch.device) -> Reduction | None:
@@ -79,6 +80,7 @@ def plan_decoder(
                 returns,
                 renumbers,
                 frozenset(observes),
+                recipe.steps[index].stages,
             )
         )
     return plans

@@ -31,6 +31,8 @@ class VisualItem:
         carried: by step number and name: what a method noted of every token that entered the
             language model, [M, ...], for its decoder stage.
         encoder: what may be read of the encoder's blocks; None: nothing.
+        from_encoder: by step number and name: what a method carried here from its encoder stage,
+            float32 [N].
     """
 
     sample: int
@@ -41,6 +43,7 @@ class VisualItem:
     report: ItemReport
     carried: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
     encoder: ItemEncoder | None = None
+    from_encoder: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(eq=False)

@@ -7,7 +7,7 @@ d head channels.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -25,7 +25,6 @@ from foveate.core.context import (
 from foveate.core.grid import Grid
 from foveate.core.reduction import Reduction
 from foveate.core.rule import AttentionRule, RuleContext
-from foveate.core.search import SearchRange
 from foveate.core.tokens import Tokens
 
 if TYPE_CHECKING:
@@ -62,6 +61,12 @@ class Method:
             does the context of the encoder stage.
         one_cache_choice: what `cache` returns behind the last layer holds for all layers; it is
             asked behind every layer, to gather evidence, and returns None before.
+        encoder_drops: the encoder stage drops patches: attention of later blocks knows nothing of
+            them, and a projector that reads the whole grid all the same finds each in the state in
+            which it left.
+        encoder_optional: the projector stage does without the encoder stage where that is left out
+            or cannot act (an encoder that packs all images into one row); only then the blocks that
+            `encoder_layers` names are read.
         encoder_point: where the encoder stage acts in a block: "after_attention" (between
             attention and MLP), "block_start" or "block_end".
 
@@ -84,6 +89,8 @@ class Method:
     renumbers: ClassVar[bool] = False
     reads_values: ClassVar[bool] = False
     one_cache_choice: ClassVar[bool] = False
+    encoder_drops: ClassVar[bool] = False
+    encoder_optional: ClassVar[bool] = False
     encoder_point: ClassVar[Literal["after_attention", "block_start", "block_end"]] = (
         "after_attention"
     )
@@ -246,19 +253,6 @@ class Method:
         Parked tokens skip the layers in between and return in the state in which they left.
         """
         return ()
-
-    def search_space(self, share: float) -> Mapping[str, SearchRange]:
-        """Arguments whose best values depend on the model, and where `foveate tune` looks for them.
-
-        Args:
-            share: fraction of visual tokens kept, for ranges that depend on it.
-
-        Example:
-            >>> from foveate.core import get_method
-            >>> get_method("pyramiddrop")().search_space(0.25)
-            {'parts': SearchRange(low=2, high=8, integer=True, log=False)}
-        """
-        return {}
 
     def check(self, num_encoder_layers: int | None, num_layers: int | None) -> None:
         """Raise `ValueError` when the hyper-parameters do not fit a model of this depth.

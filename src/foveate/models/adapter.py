@@ -138,7 +138,7 @@ class Adapter(ABC):
         """The grid of every visual item of a call, in the order of its placeholders.
 
         Args:
-            features: what the feature method returned as `pooler_output`.
+            features: what the feature method returned as `pooler_output`; None while it runs.
 
         Returns:
             One grid per item; their `num_tokens` add up to the number of placeholders.

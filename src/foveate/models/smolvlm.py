@@ -37,7 +37,10 @@ class SmolVLMAdapter(Adapter):
         height, width = patch_grid(self.towers(model)[modality], pixels)
         factor = base.config.scale_factor
         grid = Grid.image(height // factor, width // factor)
-        # Padding is left out by the model; its features tell how many blocks are real.
+        # Padding is left out by the model; its features tell how many blocks are real, and before
+        # there are any, the pixels do.
+        if features is None:
+            return [grid] * int((pixels.flatten(0, 1) != 0).flatten(1).any(1).sum())
         parts = [features] if isinstance(features, Tensor) else features
         tokens = sum(part.shape[:-1].numel() for part in parts)
         return [grid] * (tokens // grid.num_tokens)
