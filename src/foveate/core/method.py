@@ -7,7 +7,7 @@ d head channels.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -25,6 +25,7 @@ from foveate.core.context import (
 from foveate.core.grid import Grid
 from foveate.core.reduction import Reduction
 from foveate.core.rule import AttentionRule, RuleContext
+from foveate.core.search import SearchRange
 from foveate.core.tokens import Tokens
 
 if TYPE_CHECKING:
@@ -253,6 +254,19 @@ class Method:
         Parked tokens skip the layers in between and return in the state in which they left.
         """
         return ()
+
+    def search_space(self, share: float) -> Mapping[str, SearchRange]:
+        """Arguments whose best values depend on the model, and where `foveate tune` looks for them.
+
+        Args:
+            share: fraction of visual tokens kept, for ranges that depend on it.
+
+        Example:
+            >>> from foveate.core import get_method
+            >>> get_method("pyramiddrop")().search_space(0.25)
+            {'parts': SearchRange(low=2, high=8, integer=True, log=False)}
+        """
+        return {}
 
     def check(self, num_encoder_layers: int | None, num_layers: int | None) -> None:
         """Raise `ValueError` when the hyper-parameters do not fit a model of this depth.
