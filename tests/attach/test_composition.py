@@ -81,7 +81,6 @@ def test_padding_of_a_reduction_never_becomes_a_token(model, video):
 @pytest.mark.parametrize(
     ("recipe", "each"),
     [
-        ("pool + divprune", (0.5, 0.5)),
         ("divprune + fastv", (0.5, 0.5)),
         ("divprune(share=3) + fastv", (0.25**0.75, 0.25**0.25)),
         ("divprune(retain=0.4) + fastv", (0.4, 0.625)),

@@ -345,8 +345,9 @@ class TestConflicts:
             ("lvlm_csp + pyramiddrop", "lvlm_csp brings tokens back"),
             ("video_xl2 + quickvideo", "quickvideo would reduce what is reduced"),
             ("quickvideo + video_xl2", "quickvideo would reduce what is reduced"),
-            ("dycoke + quickvideo", "dycoke chooses once for the caches"),
             ("fastv + video_xl2", "changes what layers see or hold"),
+            ("safewatch@cache + quickvideo", "safewatch chooses once for the caches"),
+            ("quickvideo + safewatch@cache", "safewatch chooses once for the caches"),
         ],
     )
     def test_refused_with_the_reason(self, text: str, reason: str) -> None:
