@@ -72,6 +72,10 @@ METHOD_TABLE: dict[str, Row] = {
         on_images=False,
         reads_text=True,
     ),
+    # Windows and groups small enough that short prompts are stretched and stored.
+    "intp": Row(
+        "intp(window=16, answer=8, group=4, recent=8)", ("decoder", "cache"), reduces=False
+    ),
     # More tokens in the first range than in the last, so that the last layer is the shortest.
     "lvlm_csp": Row("lvlm_csp(clusters=0.6)", ("decoder",), retain=0.6, reads_text=True),
     "m3": Row("m3", ("projector",), merges=True),
@@ -79,6 +83,7 @@ METHOD_TABLE: dict[str, Row] = {
     "pyramiddrop": Row("pyramiddrop", ("decoder",), reads_text=True),
     "quickvideo": Row("quickvideo(group_frames=2)", ("cache",)),
     "random": Row("random", ("projector",), exact=False),
+    "recoverable": Row("recoverable", ("projector",), exact=False, merges=True, reads_text=True),
     # Random models look at their images to the end: an impossible threshold lets the tokens go.
     "safewatch": Row(
         # The text behind the visual tokens ends in two policies and a query of one token.

@@ -8,6 +8,7 @@ Legend: B batch, G key heads, T cached slots, Q new slots, d head channels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ class ReducedLayer(DynamicLayer):
             in all layers; None: 0.
         extra_B: int64 [B], how far they moved further down in this layer, where a method renumbers
             inside the language model; None: 0.
+        rotary_B: float64 [B] on the CPU, how far rotary positions are stretched, the same in all
+            layers; None: 1.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -40,6 +43,7 @@ class ReducedLayer(DynamicLayer):
         self.seen = 0
         self.shift_B: torch.Tensor | None = None
         self.extra_B: torch.Tensor | None = None
+        self.rotary_B: torch.Tensor | None = None
         self._expected: tuple[torch.Tensor | None, int, torch.Tensor | None] | None = None
 
     @property
@@ -69,11 +73,13 @@ class ReducedLayer(DynamicLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         num_new = key_states.shape[-2]
-        changed = any(x is not None for x in (self.shift_B, self.extra_B, self.unrotated_BT))
+        changed = any(
+            x is not None for x in (self.shift_B, self.extra_B, self.unrotated_BT, self.rotary_B)
+        )
         if self._expected is None and (changed or self.length != self.seen):
             raise AttachmentError(
-                "This cache was shortened or attended to by a rule; without the recipe the model "
-                "would mask, number and rotate it as if it were its own. Go on inside "
+                "This cache was shortened, stretched or attended to by a rule; without the recipe "
+                "the model would mask, number and rotate it as if it were its own. Go on inside "
                 "foveate.reduce(...), or start a new cache."
             )
         valid_BQ, num_tokens, unrotated_BQ = self._expected or (None, num_new, None)
@@ -105,7 +111,8 @@ class ReducedLayer(DynamicLayer):
 
     def reset(self) -> None:
         super().reset()
-        self.valid_BT = self.unrotated_BT = self.shift_B = self.extra_B = self._expected = None
+        self.valid_BT = self.unrotated_BT = self._expected = None
+        self.shift_B = self.extra_B = self.rotary_B = None
         self.seen = 0
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -114,10 +121,7 @@ class ReducedLayer(DynamicLayer):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
-        for name in _STATE:
-            value = getattr(self, name)
-            if value is not None:
-                setattr(self, name, value.repeat_interleave(repeats, dim=0))
+        self._repeat(repeats)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         super().batch_select_indices(indices)
@@ -137,6 +141,15 @@ class ReducedLayer(DynamicLayer):
                 setattr(self, name, value[:, :-remove])
         self.seen -= remove
 
+    def settle(self) -> None:
+        """A layer of the model is done with its cache; nothing to do where it is stored as is."""
+
+    def _repeat(self, repeats: int) -> None:
+        for name in _STATE:
+            value = getattr(self, name)
+            if value is not None:
+                setattr(self, name, value.repeat_interleave(repeats, dim=0))
+
     def _reindex(self, index: torch.Tensor) -> None:
         for name in _STATE:
             value = getattr(self, name)
@@ -145,7 +158,7 @@ class ReducedLayer(DynamicLayer):
 
 
 #: What a layer knows of every sample or slot; the batch is its first dimension.
-_STATE = ("valid_BT", "unrotated_BT", "shift_B", "extra_B")
+_STATE = ("valid_BT", "unrotated_BT", "shift_B", "extra_B", "rotary_B")
 
 
 def join_flags(
@@ -199,9 +212,15 @@ def is_managed(cache: Cache | None) -> bool:
 
 
 def adopt(
-    cache: Cache | None, config: Any, num_layers: int, attention_mask: torch.Tensor | None
+    cache: Cache | None,
+    config: Any,
+    num_layers: int,
+    attention_mask: torch.Tensor | None,
+    make: Callable[[], ReducedLayer] = ReducedLayer,
 ) -> Cache:
-    """Give a cache reduced layers, keeping what it holds; None makes a new one.
+    """Give a cache reduced layers as `make` makes them, keeping what it holds.
+
+    None makes a new cache. One that has such layers keeps them.
 
     Raises:
         AttachmentError: the cache is static, quantised or slides: its slots cannot be removed.
@@ -213,7 +232,7 @@ def adopt(
     refuse_unsupported(cache)
     layers: list[Any] = []
     for index in range(num_layers):
-        layer = ReducedLayer()
+        layer = make()
         old: Any = cache.layers[index] if index < len(cache.layers) else None
         if old is not None and old.is_initialized and old.keys.numel():
             past = old.keys.shape[-2]

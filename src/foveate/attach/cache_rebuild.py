@@ -178,7 +178,7 @@ class CacheRebuilder:
                 first = position_PC[0, 0] if self.compact else None
                 made = Rebuilt(layout.visual[sample], count, reductions[sample], position_PC, first)
                 rebuilt[sample] = made
-                rotation[sample] = self._rotation(hidden_BLD, made.position_PM[:, None])
+                rotation[sample] = self._rotation(hidden_BLD, made.position_PM[:, None], sample)
         sizes = [0 if made is None else made.length for made in rebuilt]
         slots = list(layout.num_context) if self.call.mask_only else sizes
         valid_BM = self._valid(rebuilt, slots)
@@ -228,7 +228,8 @@ class CacheRebuilder:
         self.numbered = sizes
         return self._rotation(hidden_BLD, torch.stack(new)[None])
 
-    def _rotation(self, hidden_BLD: torch.Tensor, position_PBM: torch.Tensor) -> Rotation:
+    def _rotation(
+        self, hidden_BLD: torch.Tensor, position_PBM: torch.Tensor, sample: int | None = None
+    ) -> Rotation:
         assert self.call.rotary is not None
-        position = position_PBM[-3:].expand(3, -1, -1) if self.mrope else position_PBM[0]
-        return self.call.rotary(hidden_BLD, position)
+        return self.call.rotary.of_rows(hidden_BLD, position_PBM, sample)

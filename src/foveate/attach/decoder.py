@@ -54,6 +54,7 @@ class LayerModules:
 
 if TYPE_CHECKING:
     from foveate.attach.blockwise import BlockwisePrefill
+    from foveate.attach.rotary import Rotary
 
 
 @dataclass(eq=False)
@@ -68,7 +69,7 @@ class DecoderCall:
         cache: the cache, or None when nothing is cached.
         position_embeddings: (cos, sin) of the present columns once layer 0 has been entered.
         position_PBL: position ids of the present columns.
-        rotary: makes (cos, sin) from hidden states and position ids, for methods that renumber.
+        rotary: makes (cos, sin) from hidden states and position ids, stretched if need be.
         parked: per step and sample, tokens that come back before a later layer.
         decoder_steps, cache_steps: methods that act in this call (none while decoding).
         modules: parts of every decoder layer; none when no method acts at the decoder.
@@ -110,7 +111,7 @@ class DecoderCall:
     trails: Trails | None = None
     position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None
     position_PBL: torch.Tensor | None = None
-    rotary: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
+    rotary: Rotary | None = None
     parked: dict[int, dict[int, Parked]] = field(default_factory=lambda: defaultdict(dict))
     captured: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
     attentions: dict[int, LayerAttention] = field(default_factory=dict)
@@ -136,6 +137,9 @@ class DecoderCall:
         """Reduce what must be reduced here and give the layer its own mask and positions."""
         if self.position_embeddings is None:
             self.position_embeddings = kwargs["position_embeddings"]
+            if self.rotary is not None and self.rotary.scale is not None:
+                assert self.position_PBL is not None
+                self.position_embeddings = self.rotary.of_rows(hidden_BLD, self.position_PBL)
         for step in self.decoder_steps:
             if layer in step.returns and step.number in self.parked:
                 hidden_BLD = bring_back(self, step, layer, hidden_BLD)
@@ -355,11 +359,24 @@ class DecoderCall:
         for step in self.cache_steps:
             if layer in step.layers:
                 reduce_cache(self, step, layer)
+        self.settle(layer)
         if layer == self.num_layers - 1 and self.items:
             self._note_cache()
         if layer < len(self.deepstack):
             hidden_BLD = self._add_deepstack(layer, hidden_BLD)
         return hidden_BLD
+
+    def settle(self, layer: int) -> None:
+        """Let the cache of a layer be stored, once no method of this call reads or changes it."""
+        if self.cache is None:
+            return
+        waits = any(step.method.one_cache_choice for step in self.cache_steps)
+        if waits and layer < self.num_layers - 1:
+            return
+        for number in range(self.num_layers) if waits else (layer,):
+            cached = self.layer_cache(number)
+            assert cached is not None
+            cached.settle()
 
     def _note_cache(self) -> None:
         """What every layer has cached once all cache stages are done."""

@@ -25,12 +25,19 @@ from foveate.attach.masks import MaskMaker
 from foveate.attach.noting import Trails
 from foveate.attach.plan import is_compact, plan_cache, plan_decoder
 from foveate.attach.prompt import PromptReducer, find_items
+from foveate.attach.quantised import plan_storage
+from foveate.attach.rotary import Rotary, ask_scale, plan_rotary
 from foveate.attach.rules import ask_rules, plan_rules
 from foveate.attach.sequence import Sequence, VisualItem, split_deepstack, visual_rows
 from foveate.attach.single import OfOneModel
 from foveate.core import Budget, LayerModule, Recipe, Report
 from foveate.errors import AttachmentError
 from foveate.models.adapter import Adapter
+from foveate.models.companion import Companion
+
+
+#: All families with an adapter are so; encoders that are not take `foveate.models.windowed`.
+FRAME_BY_FRAME = "this encoder works frame by frame, so the rearrangement is the identity"
 
 
 @dataclass(eq=False)
@@ -45,6 +52,7 @@ class LanguageSettings:
         new_report: an empty report of a call.
         publish: takes (report, feature records) of a finished call.
         evidence: whether what methods note is going to be drawn.
+        companion: scores text against pictures for methods that ask; None: own embeddings.
     """
 
     recipe: Recipe
@@ -56,6 +64,7 @@ class LanguageSettings:
     mask_only: bool = False
     seed: int = 0
     evidence: bool = False
+    companion: Companion | None = None
 
 
 @dataclass(eq=False)
@@ -89,6 +98,10 @@ class LanguageStage(OfOneModel):
         self.decoder_steps = plan_decoder(recipe, adapter, model, self._sample_budget)
         self.cache_steps = plan_cache(recipe, len(self.layers), self._sample_budget)
         self.rule_steps = plan_rules(recipe, adapter.text_config(model), self._sample_budget)
+        self.rotary_step = plan_rotary(
+            recipe, self._rotary_module, adapter.text_config(model), self._sample_budget
+        )
+        self.make_layer = plan_storage(recipe)
         self.attentions = adapter.text_attentions(model)
         self.blockwise = plan_blockwise(recipe, adapter, self.cache_steps)
         if self.blockwise is not None:
@@ -105,6 +118,10 @@ class LanguageStage(OfOneModel):
             self.value_layers |= read if step.method.reads_values else frozenset()
         self.compact = is_compact(recipe, adapter)
         self.state = _CallState()
+
+    @property
+    def _rotary_module(self) -> Any:
+        return getattr(self.text_model, "rotary_emb", None)
 
     def _sample_budget(self, index: int) -> Callable[[int], Budget]:
         return lambda sample: self.settings.step_budget(index).sample(sample, self.state.repeats)
@@ -225,7 +242,8 @@ class LanguageStage(OfOneModel):
         items = self._find_items(batch, report)
         use_cache = kwargs.get("use_cache")
         if cache is not None or (config.use_cache if use_cache is None else use_cache):
-            cache = adopt(cache, config, len(self.layers), mask)
+            cache = adopt(cache, config, len(self.layers), mask, self.make_layer)
+        num_past = 0 if cache is None else cache.get_seq_length()
         valid = _valid(mask, length)
         positions = _positions(kwargs.get("position_ids"), embeds, cache)
         deepstack = split_deepstack(
@@ -248,6 +266,7 @@ class LanguageStage(OfOneModel):
             ],
             evidence=self.settings.evidence,
             stages={i: step.stages for i, step in enumerate(self.settings.recipe)},
+            companion=self.settings.companion,
         )
         embeds, sequence, positions, moved = reducer(embeds, valid, positions, items, deepstack)
         if moved is not None and cache is not None:
@@ -263,6 +282,11 @@ class LanguageStage(OfOneModel):
         call.trails = Trails.of(call) if self.settings.evidence else None
         if self.rule_steps:
             positions = ask_rules(call, self.rule_steps, positions)
+        if self.rotary_step is not None:
+            window = config.max_position_embeddings
+            ask_scale(call, self.rotary_step, positions, num_past, window)
+        if any(step.method.interleaves_frames for step in self.settings.recipe):
+            report.notes.append(FRAME_BY_FRAME)
         if self.blockwise is not None:
             call.blockwise = begin_blockwise(call, self.blockwise, embeds, config)
         return self._model_inputs(kwargs, call, embeds, positions)
@@ -312,6 +336,11 @@ class LanguageStage(OfOneModel):
     def _open_call(
         self, config: Any, embeds: torch.Tensor, sequence: Sequence, num_tokens: int, cache: Any
     ) -> DecoderCall:
+        rotary = None
+        if self._rotary_module is not None:
+            scale_B = None if cache is None else cache.layers[0].rotary_B
+            scale = None if scale_B is None else scale_B.tolist()
+            rotary = Rotary(self._rotary_module, self.adapter.mrope, scale)
         self.state.call = DecoderCall(
             sequence=sequence,
             items=[],
@@ -323,7 +352,7 @@ class LanguageStage(OfOneModel):
             num_layers=len(self.layers),
             modules=self.modules,
             mask_only=self.settings.mask_only,
-            rotary=getattr(self.text_model, "rotary_emb", None),
+            rotary=rotary,
         )
         return self.state.call
 
@@ -366,7 +395,10 @@ class LanguageStage(OfOneModel):
     def _leave_layer(self, index: int) -> Callable:
         def hook(module: nn.Module, args: tuple, output: Any) -> Any:
             call = self.state.call
-            if call is None or not call.items:
+            if call is None:
+                return None
+            if not call.items:
+                call.settle(index)
                 return None
             hidden = output[0] if isinstance(output, tuple) else output
             changed = call.leave_layer(index, hidden)

@@ -92,6 +92,7 @@ def plan_cache(recipe: Recipe, num_layers: int, budget: SampleBudget) -> list[St
     return [
         StepPlan(index, recipe.steps[index].method, every, budget(index))
         for index in recipe.at("cache")
+        if "cache" in recipe.steps[index].method.reducing_stages()
     ]
 
 

@@ -19,7 +19,8 @@ from foveate.attach.cache import move_positions
 from foveate.attach.noting import sample_notebook
 from foveate.attach.plan import StepPlan
 from foveate.attach.sequence import Sequence
-from foveate.core import AttentionRule, Method, Recipe, RuleContext
+from foveate.core import AttentionRule, Recipe, RuleContext
+from foveate.core.method import overrides
 from foveate.errors import AttachmentError
 from foveate.models.rotary import project_text_k, project_text_qk
 
@@ -42,7 +43,7 @@ def plan_rules(recipe: Recipe, config: Any, budget: SampleBudget) -> list[StepPl
     plans, attention = [], config._attn_implementation
     for index in recipe.at("decoder"):
         method = recipe.steps[index].method
-        if type(method).attention_rule is Method.attention_rule:
+        if not overrides(method, "attention_rule"):
             continue
         if attention not in _KERNELS:
             raise AttachmentError(
@@ -111,7 +112,9 @@ def ask_rules(call: DecoderCall, steps: list[StepPlan], position_PBL: torch.Tens
         rule = None
         for step in steps:
             if visual.num and not step.budget(sample).is_full:
-                asked = step.method.attention_rule(_context(call, step, sample, position_PBL))
+                asked = step.method.attention_rule(
+                    context_of_rule(call, step, sample, position_PBL)
+                )
                 rule = _joined(rule, asked, step, call.sequence.ids[sample].shape[0])
         rules.append(rule)
     if all(rule is None for rule in rules):
@@ -139,9 +142,10 @@ def ask_rules(call: DecoderCall, steps: list[StepPlan], position_PBL: torch.Tens
     return position_PBL
 
 
-def _context(
-    call: DecoderCall, step: StepPlan, sample: int, position_PBL: torch.Tensor
+def context_of_rule(
+    call: DecoderCall, step: StepPlan, sample: int, position_PBL: torch.Tensor, window: int = 0
 ) -> RuleContext:
+    """The prompt of one sample as it enters the language model."""
     visual = call.sequence.visual[sample]
     rows_S = call.sequence.rows(sample, visual.rows_N.device)
     return RuleContext(
@@ -155,6 +159,7 @@ def _context(
         column_S=call.columns[sample],
         num_columns=call.num_columns[sample],
         position_PS=position_PBL[:, sample, rows_S],
+        window=window,
         notebook=sample_notebook(call, "decoder", None, sample),
     )
 

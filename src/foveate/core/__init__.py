@@ -20,6 +20,7 @@ from foveate.core.method import Count, Method, relative_layer
 from foveate.core.newlines import NewlinePolicy, with_newlines, with_special
 from foveate.core.planes import (
     average_cells,
+    by_rank_in_planes,
     count_by_plane,
     frames_of,
     merge_by_plane,
@@ -77,6 +78,7 @@ __all__ = [
     "TokenKind",
     "Tokens",
     "average_cells",
+    "by_rank_in_planes",
     "count_by_plane",
     "frames_of",
     "get_method",

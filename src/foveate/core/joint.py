@@ -7,7 +7,7 @@ from itertools import combinations
 
 from foveate.core.budget import Budget
 from foveate.core.card import STAGES, Stage
-from foveate.core.method import Method
+from foveate.core.method import Method, overrides
 from foveate.core.step import Step
 from foveate.errors import RecipeError
 
@@ -37,7 +37,9 @@ def joint_budgets(steps: Sequence[Step], budget: Budget) -> tuple[Budget, ...]:
         >>> [round(b.retain, 3) for b in joint_budgets(steps, Budget(retain=0.125))]
         [0.5, 0.25]
     """
-    own = tuple(step.budget or Budget(retain=step.method.card.retain) for step in steps)
+    own = tuple(
+        step.budget or Budget(retain=step.method.card.retain, published=True) for step in steps
+    )
     if budget.retain is None and budget.tokens is None:
         return own
     if budget.is_full:
@@ -163,7 +165,7 @@ def _parks_and_renumbers(one: Step, other: Step) -> str | None:
 
 
 def _one_choice(one: Step, other: Step) -> str | None:
-    if _both_at("cache", one, other) and one.method.one_cache_choice:
+    if "cache" in one.stages and one.method.one_cache_choice and _reduces_at("cache", other):
         return (
             f"{one.method.name} chooses once for the caches of all layers, behind the last one; "
             f"{other.method.name} thins them out one by one before that, so the slots would not "
@@ -175,12 +177,12 @@ def _one_choice(one: Step, other: Step) -> str | None:
 def _reads_in_blocks(one: Step, other: Step) -> str | None:
     if "cache" not in one.stages or type(one.method).prefill is Method.prefill:
         return None
-    if "cache" in other.stages:
+    if _reduces_at("cache", other):
         return (
             f"{one.method.name} rebuilds the cache of every layer before the question is read, so "
             f"{other.method.name} would reduce what is reduced already. Use one of them."
         )
-    if "decoder" in other.stages:
+    if "decoder" in other.stages and overrides(other.method, "decoder", "attention_rule"):
         return (
             f"{one.method.name} reads the prompt in the same blocks in every layer, and "
             f"{other.method.name} changes what layers see or hold. Use one of them, or a method at "
@@ -189,12 +191,32 @@ def _reads_in_blocks(one: Step, other: Step) -> str | None:
     return None
 
 
+def _both_stretch(one: Step, other: Step) -> str | None:
+    if _both_at("decoder", one, other) and _both_override("rotary_scale", one, other):
+        return "both stretch rotary positions, which have one scale. Use one of them."
+    return None
+
+
+def _both_store(one: Step, other: Step) -> str | None:
+    if _both_at("cache", one, other) and _both_override("cache_storage", one, other):
+        return "both say how the cache is stored. Use one of them."
+    return None
+
+
+def _both_override(hook: str, one: Step, other: Step) -> bool:
+    return overrides(one.method, hook) and overrides(other.method, hook)
+
+
+def _reduces_at(stage: Stage, step: Step) -> bool:
+    return stage in step.stages and stage in step.method.reducing_stages()
+
+
 def _both_at(stage: Stage, one: Step, other: Step) -> bool:
     return stage in one.stages and stage in other.stages
 
 
 _Rule = Callable[[Step, Step], str | None]
 #: Rules of a pair in the order of the recipe, and of a pair whichever comes first.
-_ORDERED: tuple[_Rule, ...] = (_reads_layout, _both_renumber)
+_ORDERED: tuple[_Rule, ...] = (_reads_layout, _both_renumber, _both_stretch, _both_store)
 _SYMMETRIC: tuple[_Rule, ...] = (_parks_and_renumbers, _reads_in_blocks, _one_choice)
 _RULES = _ORDERED + _SYMMETRIC

@@ -26,6 +26,7 @@ from foveate.core.grid import Grid
 from foveate.core.reduction import Reduction
 from foveate.core.rule import AttentionRule, RuleContext
 from foveate.core.search import SearchRange
+from foveate.core.storage import CacheStorage
 from foveate.core.tokens import Tokens
 
 if TYPE_CHECKING:
@@ -62,6 +63,8 @@ class Method:
             does the context of the encoder stage.
         one_cache_choice: what `cache` returns behind the last layer holds for all layers; it is
             asked behind every layer, to gather evidence, and returns None before.
+        interleaves_frames: it deals frames out to encoders of fixed length; the report says what
+            became of that.
         encoder_drops: the encoder stage drops patches: attention of later blocks knows nothing of
             them, and a projector that reads the whole grid all the same finds each in the state in
             which it left.
@@ -90,6 +93,7 @@ class Method:
     renumbers: ClassVar[bool] = False
     reads_values: ClassVar[bool] = False
     one_cache_choice: ClassVar[bool] = False
+    interleaves_frames: ClassVar[bool] = False
     encoder_drops: ClassVar[bool] = False
     encoder_optional: ClassVar[bool] = False
     encoder_point: ClassVar[Literal["after_attention", "block_start", "block_end"]] = (
@@ -110,11 +114,17 @@ class Method:
     def stages(cls) -> tuple[Stage, ...]:
         """The stages this class acts at, in the order of data flow.
 
-        Those it overrides; an attention rule acts at the decoder.
+        Those it overrides; an attention rule and a rotary scale act at the decoder, a storage at
+        the cache.
         """
         acts = set(cls.reducing_stages())
-        if cls.attention_rule is not Method.attention_rule:
+        if (
+            cls.attention_rule is not Method.attention_rule
+            or cls.rotary_scale is not Method.rotary_scale
+        ):
             acts.add("decoder")
+        if cls.cache_storage is not Method.cache_storage:
+            acts.add("cache")
         return tuple(stage for stage in STAGES if stage in acts)
 
     @classmethod
@@ -214,6 +224,22 @@ class Method:
         """
         return None
 
+    def rotary_scale(self, context: RuleContext) -> float:
+        """How far the rotary positions of one sample are stretched (NTK-aware), at least 1.
+
+        Asked once for a prompt with visual tokens on an empty cache, behind the projector stage and
+        the attention rules; it holds for as long as the cache lives. It belongs to the decoder
+        stage, and a budget of 1 switches it off.
+        """
+        return 1.0
+
+    def cache_storage(self) -> CacheStorage | None:
+        """How the cache of a prompt with visual tokens is stored; None: as the model has it.
+
+        It belongs to the cache stage, and a budget of 1 switches it off.
+        """
+        return None
+
     def observe(
         self, input_1SD: torch.Tensor, output_1SD: torch.Tensor, context: ModuleContext
     ) -> torch.Tensor | None:
@@ -275,6 +301,17 @@ class Method:
         """
         if num_layers is not None:
             self.decoder_layers(num_layers)
+
+
+def overrides(method: Method, *hooks: str) -> bool:
+    """Whether a method has one of these hooks of its own.
+
+    Example:
+        >>> from foveate.core import get_method
+        >>> overrides(get_method("vista_llama")(), "attention_rule", "decoder")
+        True
+    """
+    return any(getattr(type(method), hook) is not getattr(Method, hook) for hook in hooks)
 
 
 def relative_layer(layer: int | float, num_layers: int, name: str = "layer") -> int:

@@ -89,6 +89,7 @@ class RuleContext(Context):
             int64 [S] (a token made of several stands at one of theirs).
         num_columns: tokens of the prompt before any reduction.
         position_PS: their position ids, int64 [P, S].
+        window: positions that the language model is configured for.
     """
 
     sample: int = 0
@@ -97,6 +98,7 @@ class RuleContext(Context):
     column_S: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     num_columns: int = 0
     position_PS: torch.Tensor = field(default_factory=lambda: torch.empty(1, 0, dtype=torch.long))
+    window: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -108,3 +110,10 @@ class RuleContext(Context):
         """Which tokens are visual, bool [S]."""
         flags_S = torch.zeros(self.num_tokens, dtype=torch.bool, device=self.column_S.device)
         return flags_S.index_fill(0, self.visual_N, True)
+
+    @property
+    def num_positions(self) -> int:
+        """Positions that the sample reaches into: one more than the largest of any axis."""
+        # With four rows, the first counts tokens and turns nothing.
+        position_PS = self.position_PS[-3:]
+        return int(position_PS.max()) + 1 if position_PS.numel() else 0

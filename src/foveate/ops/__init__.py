@@ -15,6 +15,7 @@ from foveate.ops.cluster import dpc_knn, k_centre, k_medoids, kmeans
 from foveate.ops.coverage import facility_location
 from foveate.ops.diversity import max_sum_diversity
 from foveate.ops.equal_distance import equal_distance_attention
+from foveate.ops.interleave import interleave
 from foveate.ops.merge import (
     Matching,
     bipartite_matching,
@@ -26,6 +27,7 @@ from foveate.ops.merge import (
     unmerge,
 )
 from foveate.ops.outliers import local_outlier_factor
+from foveate.ops.quantise import Quantised, quantise
 from foveate.ops.schedule import earlier_layers, mean_share, share_schedule
 from foveate.ops.score import (
     adjacent_similarity,
@@ -53,9 +55,11 @@ from foveate.ops.select import (
     top_k_ranked,
     uniform_indices,
 )
+from foveate.ops.stretch import ntk_base, ntk_frequencies
 
 __all__ = [
     "Matching",
+    "Quantised",
     "Segmentation",
     "adjacent_similarity",
     "attention_column_sums",
@@ -69,6 +73,7 @@ __all__ = [
     "facility_location",
     "gather_tokens",
     "halving_weights",
+    "interleave",
     "k_centre",
     "k_medoids",
     "kmeans",
@@ -80,12 +85,15 @@ __all__ = [
     "mean_share",
     "merge_matched",
     "most_similar",
+    "ntk_base",
+    "ntk_frequencies",
     "optimal_partition",
     "page_rank",
     "page_rank_qk",
     "pairwise_distance",
     "parse_r",
     "proportional",
+    "quantise",
     "random_indices",
     "received_attention",
     "round_half_even",
