@@ -4,26 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 from bench_runs import large, write_run
-from PIL import Image
 
 from foveate.bench.report import render_report
 from foveate.bench.results import read_result
+from headless import DARK, LIGHT, needs_browser, screenshot
 
-BROWSER = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(BROWSER is None, reason="no headless browser is installed"),
-]
-LIGHT, DARK = 1, 0
+pytestmark = needs_browser
 # The page itself allows no script, so the copy that is measured goes without that rule.
 PROBE = """
 <script>addEventListener("load", () => setTimeout(() => {
@@ -50,38 +41,6 @@ PROBE = """
 """
 
 
-def shoot(folder: Path, page: Path, scheme: int, size: tuple[int, int]) -> tuple[np.ndarray, str]:
-    """A screenshot as an array and what the browser logged."""
-    picture = folder / "page.png"
-    done = subprocess.run(
-        [
-            str(BROWSER),
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--disable-quic",
-            "--no-first-run",
-            "--disable-background-networking",
-            "--disable-component-update",
-            "--disable-sync",
-            "--hide-scrollbars",
-            "--enable-logging=stderr",
-            "--virtual-time-budget=1500",
-            f"--blink-settings=preferredColorScheme={scheme}",
-            f"--user-data-dir={folder / 'profile'}",
-            f"--window-size={size[0]},{size[1]}",
-            f"--screenshot={picture}",
-            page.as_uri(),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
-    assert picture.is_file(), done.stderr[-2000:]
-    return np.asarray(Image.open(picture).convert("RGB")).astype(int), done.stderr
-
-
 @pytest.mark.parametrize(
     ("width", "scheme"), [(1300, LIGHT), (420, DARK)], ids=["desktop light", "phone dark"]
 )
@@ -96,7 +55,7 @@ def test_the_page_fits_follows_the_scheme_and_works_without_scripts(
     frame = f'<iframe src="inner.html" style="border:0;width:{width}px;height:1600px"></iframe>'
     page = tmp_path / "page.html"
     page.write_text(f'<!doctype html><body style="margin:0">{frame}</body>')
-    image, log = shoot(tmp_path, page, scheme, (max(width, 500), 1600))
+    image, log = screenshot(page, scheme, (max(width, 500), 1600))
     measured = re.search(r'MEASURED (\{.*?\})"', log)
     assert measured, log[-2000:]
     found = json.loads(measured[1].replace('\\"', '"'))
@@ -115,7 +74,7 @@ def test_the_page_as_it_is_raises_no_complaint(tmp_path: Path) -> None:
     write_run(tmp_path, clips=10)
     page = tmp_path / "report.html"
     page.write_text(render_report(read_result(tmp_path)), encoding="utf-8")
-    image, log = shoot(tmp_path, page, LIGHT, (1000, 1400))
+    image, log = screenshot(page, LIGHT, (1000, 1400))
     assert not [line for line in log.splitlines() if "CONSOLE" in line]
     assert not re.findall(r"Refused to \w+.*|net::ERR_\w+", log)
     colours = image.reshape(-1, 3)

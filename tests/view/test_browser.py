@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 from reports import bright_frames, small_report
 
 from foveate.view import render_report
+from headless import DARK, LIGHT, needs_browser, screenshot
 
-BROWSER = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(BROWSER is None, reason="no headless browser is installed"),
-]
-LIGHT, DARK = 1, 0
+pytestmark = needs_browser
 # Reports where every frame is drawn, without which a screenshot could not be checked by place.
 PROBE = """
 <script>addEventListener("load", () => setTimeout(() => {
@@ -37,36 +28,10 @@ PROBE = """
 def shoot(
     folder: Path, html: str, *, scheme: int = LIGHT, size: tuple[int, int] = (1000, 1200)
 ) -> tuple[np.ndarray, str]:
-    """A screenshot as an array and what the browser logged."""
-    page, picture = folder / "page.html", folder / "page.png"
+    """A screenshot of a page as an array, and what the browser logged."""
+    page = folder / "page.html"
     page.write_text(html, encoding="utf-8")
-    done = subprocess.run(
-        [
-            str(BROWSER),
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--disable-quic",
-            "--no-first-run",
-            "--disable-background-networking",
-            "--disable-component-update",
-            "--disable-sync",
-            "--hide-scrollbars",
-            "--enable-logging=stderr",
-            "--virtual-time-budget=1500",
-            f"--blink-settings=preferredColorScheme={scheme}",
-            f"--user-data-dir={folder / 'profile'}",
-            f"--window-size={size[0]},{size[1]}",
-            f"--screenshot={picture}",
-            page.as_uri(),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
-    assert picture.is_file(), done.stderr[-2000:]
-    return np.asarray(Image.open(picture).convert("RGB")).astype(int), done.stderr
+    return screenshot(page, scheme, size)
 
 
 def probed(html: str, script: str = "") -> str:
