@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from foveate.attach.sequence import VisualItem
-from foveate.core import Evidence, Grid, ItemReport, Notebook, Reduction, Stage
+from foveate.core import Evidence, ItemReport, Notebook, Reduction, Stage
 
 if TYPE_CHECKING:
     from foveate.attach.decoder import DecoderCall
@@ -111,13 +111,10 @@ def projector_notebook(report: ItemReport, present: Reduction | None, num_tokens
     group_N = None if present is None else present.groups_BN[0].cpu()
 
     def take(noted: Evidence) -> None:
-        report.evidence.append(noted if group_N is None else noted.take(group_N))
+        report.add_evidence(noted if group_N is None else noted.take(group_N))
 
-    return Notebook("projector", (num_tokens,), take, planes=_sizes(report.grid))
-
-
-def _sizes(grid: Grid) -> tuple[tuple[int, int], ...]:
-    return tuple((plane.height, plane.width) for plane in grid.planes)
+    whole = present is None
+    return Notebook("projector", (num_tokens,), take, grid=report.grid, patches=whole)
 
 
 # -- decoder and cache ----------------------------------------------------------------------------
@@ -177,7 +174,7 @@ class Trails:
             if item.report.reduction is not None:
                 entry = entry.take(item.report.reduction.groups_BN[0])
             if not entry.is_blank:
-                item.report.evidence.append(entry)
+                item.report.add_evidence(entry)
 
 
 def sample_notebook(call: DecoderCall, stage: Stage, layer: int | None, sample: int) -> Any:

@@ -14,7 +14,7 @@ from foveate.core.context import (
     ProjectorContext,
 )
 from foveate.core.encoder_attention import EncoderAttentionView
-from foveate.core.evidence import Evidence, EvidenceKind, Notebook
+from foveate.core.evidence import Evidence, EvidenceKind, Notebook, merged_groups
 from foveate.core.grid import Grid, Modality, Plane, TokenKind
 from foveate.core.method import Count, Method, relative_layer
 from foveate.core.newlines import NewlinePolicy, with_newlines, with_special
@@ -84,6 +84,7 @@ __all__ = [
     "get_method",
     "list_methods",
     "merge_by_plane",
+    "merged_groups",
     "register_method",
     "relative_layer",
     "take_planes",

@@ -36,6 +36,14 @@ SIGNALS: dict[str, str] = {
     "text.tokens": "ids of the text tokens of the sample, int64 [1, S_text]",
     "text.segment": "embeddings of the item's own text in an interleaved prompt: the text between "
     "it and the next item, or the nearest there is, [1, S_segment, D]",
+    "text.frame_similarity": "cosine of the instruction (the text behind the last visual token) "
+    "with every plane of the item, [1, planes], in the space of the companion (a CLIP-like model, "
+    "`foveate.Companion`) or, without one, of the language model's embeddings: between the mean "
+    "embedding of the instruction's tokens and the mean feature of the plane",
+    "text.patch_similarity": "the same with every token of the item; newline and [CLS] tokens hold "
+    "NaN",
+    "paired.text": "the instruction in that space, [1, E]",
+    "paired.patches": "the tokens of the item in that space, [1, N, E]; NaN as above",
 }
 
 
@@ -146,7 +154,14 @@ class Context:
         """Whether the recipe lets the method act at `stage`, too; True when nothing is known."""
         return not self.stages or stage in self.stages
 
-    def note(self, name: str, value: Any, kind: EvidenceKind = "heat", caption: str = "") -> None:
+    def note(
+        self,
+        name: str,
+        value: Any,
+        kind: EvidenceKind = "heat",
+        caption: str = "",
+        at: torch.Tensor | None = None,
+    ) -> None:
         """Show people what the method goes by; it is drawn on the frames, and changes nothing.
 
         Costs nothing unless evidence was asked for: `foveate.reduce(..., evidence=True)`.
@@ -155,13 +170,15 @@ class Context:
             name: what it is, in the paper's words ("text attention").
             value: by kind, a tensor or a list; or a function without arguments that gives it and
                 is called only if somebody draws. Per token means per token that the stage sees:
-                [N] in the projector stage, [B, prefix + N] in the encoder stage, [N] visual tokens
-                in all others.
+                [N] in the projector stage (or one per patch, [P] or [T, L]), [B, prefix + N] in the
+                encoder stage, [N] visual tokens in all others.
             kind: "heat", a number per token, NaN for nothing; "label", an integer per token
                 (segment, cluster, group), -1 for none; "mark", a bool per token; "frames", pairs
                 (first, last) of planes, inclusive; "boxes", (plane, top, left, bottom, right) in
                 cells of the grid, bottom and right exclusive. The last two in the projector stage.
             caption: a sentence for people.
+            at: the tokens that the value speaks of, where not of all, int64 of its shape; further
+                notes of the same name fill in others.
 
         Raises:
             ValueError: evidence was asked for, and the value has another length or dtype.
@@ -175,7 +192,7 @@ class Context:
             ('saliency', [0.25, 0.75])
         """
         if self.notebook is not None:
-            self.notebook.add(self.method, name, value, kind, caption)
+            self.notebook.add(self.method, name, value, kind, caption, at)
 
     def generator(self, device: torch.device | str = "cpu") -> torch.Generator:
         """A fresh generator with this context's seed."""

@@ -64,6 +64,14 @@ class ItemReport:
     pixels: Any = None
     seconds: Sequence[float] | None = None
 
+    def add_evidence(self, noted: Evidence) -> None:
+        """Add what a method noted; pieces of one thing become one."""
+        for place, earlier in enumerate(self.evidence):
+            if earlier.key == noted.key:
+                self.evidence[place] = noted.over(earlier)
+                return
+        self.evidence.append(noted)
+
     @property
     def segments(self) -> tuple[tuple[int, int], ...]:
         """The first runs of frames that a method noted, (first, last) planes; () without any."""
