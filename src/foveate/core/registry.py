@@ -25,6 +25,7 @@ _BUILTIN: dict[str, str] = {
     "evs": "foveate.methods.evs:EVS",
     "fastervlm": "foveate.methods.fastervlm:FasterVLM",
     "fastv": "foveate.methods.fastv:FastV",
+    "flowcut": "foveate.methods.flowcut:FlowCut",
     "fopru": "foveate.methods.fopru:FoPru",
     "hiprune": "foveate.methods.hiprune:HiPrune",
     "holitom": "foveate.methods.holitom:HoliTom",

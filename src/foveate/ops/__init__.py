@@ -15,6 +15,7 @@ from foveate.ops.cluster import dpc_knn, k_centre, k_medoids, kmeans
 from foveate.ops.coverage import facility_location
 from foveate.ops.diversity import max_sum_diversity
 from foveate.ops.equal_distance import equal_distance_attention
+from foveate.ops.flow import concentration, cut_towards, flow_score
 from foveate.ops.interleave import interleave
 from foveate.ops.merge import (
     Matching,
@@ -66,11 +67,14 @@ __all__ = [
     "attention_rows",
     "bipartite_matching",
     "change_points",
+    "concentration",
     "cosine_similarity_matrix",
+    "cut_towards",
     "dpc_knn",
     "earlier_layers",
     "equal_distance_attention",
     "facility_location",
+    "flow_score",
     "gather_tokens",
     "halving_weights",
     "interleave",
