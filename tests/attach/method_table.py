@@ -32,6 +32,8 @@ class Row:
         on_images: it acts on images; if not, only on videos.
         reads_text: the prompt's text takes part in the choice.
         reduces: it takes tokens away; if not, it only changes attention and has no budget.
+        rounds: it stores the cache in few bits when groups are full, so that what a token reads
+            depends on how many come at a time.
     """
 
     recipe: str
@@ -43,6 +45,7 @@ class Row:
     on_images: bool = True
     reads_text: bool = False
     reduces: bool = True
+    rounds: bool = False
 
 
 #: Registry name -> row.
@@ -61,6 +64,14 @@ METHOD_TABLE: dict[str, Row] = {
     "evs": Row("evs", ("projector",), families=WITH_VIDEOS, on_images=False),
     "fastervlm": Row("fastervlm", ("projector",)),
     "fastv": Row("fastv", ("decoder",), reads_text=True),
+    "flowcut": Row(
+        # Plain LLaVA has no cut inside the language model by default.
+        "flowcut(llm_cut=True)",
+        ("encoder", "projector", "decoder"),
+        retain=0.2,
+        exact=False,
+        reads_text=True,
+    ),
     "fopru": Row("fopru", ("projector",), exact=False),
     "hiprune": Row("hiprune(alpha=0.5)", ("projector",), exact=False),
     "holitom": Row(
@@ -74,7 +85,10 @@ METHOD_TABLE: dict[str, Row] = {
     ),
     # Windows and groups small enough that short prompts are stretched and stored.
     "intp": Row(
-        "intp(window=16, answer=8, group=4, recent=8)", ("decoder", "cache"), reduces=False
+        "intp(window=16, answer=8, group=4, recent=8)",
+        ("decoder", "cache"),
+        reduces=False,
+        rounds=True,
     ),
     # More tokens in the first range than in the last, so that the last layer is the shortest.
     "lvlm_csp": Row("lvlm_csp(clusters=0.6)", ("decoder",), retain=0.6, reads_text=True),
@@ -83,7 +97,10 @@ METHOD_TABLE: dict[str, Row] = {
     "pyramiddrop": Row("pyramiddrop", ("decoder",), reads_text=True),
     "quickvideo": Row("quickvideo(group_frames=2)", ("cache",)),
     "random": Row("random", ("projector",), exact=False),
-    "recoverable": Row("recoverable", ("projector",), exact=False, merges=True, reads_text=True),
+    # On planes of few patches every centre would take in all that is left.
+    "recoverable": Row(
+        "recoverable(merged=4)", ("projector",), exact=False, merges=True, reads_text=True
+    ),
     # Random models look at their images to the end: an impossible threshold lets the tokens go.
     "safewatch": Row(
         # The text behind the visual tokens ends in two policies and a query of one token.

@@ -25,7 +25,7 @@ from foveate.attach.masks import MaskMaker
 from foveate.attach.noting import Trails
 from foveate.attach.plan import is_compact, plan_cache, plan_decoder
 from foveate.attach.prompt import PromptReducer, find_items
-from foveate.attach.quantised import plan_storage
+from foveate.attach.quantised import QuantisedLayer, plan_storage
 from foveate.attach.rotary import Rotary, ask_scale, plan_rotary
 from foveate.attach.rules import ask_rules, plan_rules
 from foveate.attach.sequence import Sequence, VisualItem, split_deepstack, visual_rows
@@ -282,6 +282,9 @@ class LanguageStage(OfOneModel):
         call.trails = Trails.of(call) if self.settings.evidence else None
         if self.rule_steps:
             positions = ask_rules(call, self.rule_steps, positions)
+        for layer in () if cache is None else cache.layers:
+            if isinstance(layer, QuantisedLayer):
+                layer.exempt([visual.num == 0 for visual in sequence.visual])
         if self.rotary_step is not None:
             window = config.max_position_embeddings
             ask_scale(call, self.rotary_step, positions, num_past, window)

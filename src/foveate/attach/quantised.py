@@ -13,7 +13,7 @@ Legend: B batch, G key heads, T slots, Q stored tokens, R tokens in full precisi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -41,6 +41,7 @@ class QuantisedLayer(ReducedLayer):
 
     Attributes:
         storage: bits, group and number of recent tokens.
+        exempt_B: bool [B], samples without visual tokens, which are left alone; None: there are none.
         packed: stored keys and values of the first tokens of every sample, aligned on the left.
         recent: the others [B, G, R, d], aligned on the right.
     """
@@ -54,12 +55,16 @@ class QuantisedLayer(ReducedLayer):
     def _forget(self) -> None:
         self.packed: tuple[Quantised, Quantised] | None = None
         self.recent: Pair | None = None
+        self.exempt_B: torch.Tensor | None = None
+        self._asked = False
         self._packed_B: torch.Tensor | None = None
         self._whole = [None, None]
         self._slots = 0
         self._ragged = False
         # Real tokens that came since the layer was closed; None: slots changed otherwise.
         self._appended: int | None = 0
+        # The most tokens that a sample holds in full precision and may have to store.
+        self._waiting = 0
 
     # -- what the rest sees ---------------------------------------------------------------------
 
@@ -144,6 +149,19 @@ class QuantisedLayer(ReducedLayer):
         if self._whole[0] is None and self.recent is not None:
             self._whole = [self._all(0), self._all(1)]
 
+    def exempt(self, without_visual: Sequence[bool]) -> None:
+        """Leave samples alone that have had no visual tokens so far; asked at every prompt."""
+        if self._asked and self.exempt_B is None:
+            return
+        known = self._whole[0] if self.recent is None else self.recent[0]
+        device = None if known is None else known.device
+        without_B = torch.tensor(without_visual, device=device)
+        if not self._asked:
+            self.exempt_B = without_B if any(without_visual) else None
+        elif self.exempt_B is not None:
+            self.exempt_B = self.exempt_B & without_B
+        self._asked = True
+
     @torch.no_grad()
     def settle(self) -> None:
         """Store what has become old and let go of the rest."""
@@ -157,10 +175,11 @@ class QuantisedLayer(ReducedLayer):
                 torch.cat([old[0], keys[:, :, start:]], dim=2),
                 torch.cat([old[1], values[:, :, start:]], dim=2),
             )
-            if recent[0].shape[2] < self.storage.recent + self.storage.group:
+            self._waiting += self._appended
+            if self._waiting < self.storage.recent + self.storage.group:
                 self._close(recent)
                 return
-        if self.valid_BT is None and not self._ragged:
+        if self.valid_BT is None and self.exempt_B is None and not self._ragged:
             self._close(self._pack_even((keys, values)))
         else:
             self._close(self._pack_ragged((keys, values)))
@@ -183,8 +202,10 @@ class QuantisedLayer(ReducedLayer):
                 new = tuple(_joined(old, more, known) for old, more in pairs)
             self.packed = new[0], new[1]
             self._packed_B = torch.full(whole[0].shape[:1], stored, device=whole[0].device)
+        stored = max(stored, 0)
+        self._waiting = length - stored
         # Copies: a slice would keep the whole alive.
-        return whole[0][:, :, max(stored, 0) :].clone(), whole[1][:, :, max(stored, 0) :].clone()
+        return whole[0][:, :, stored:].clone(), whole[1][:, :, stored:].clone()
 
     def _pack_ragged(self, whole: Pair) -> Pair:
         """Store samples of any length, each counted from its first real token."""
@@ -194,8 +215,13 @@ class QuantisedLayer(ReducedLayer):
         known_B = torch.zeros_like(num_B) if self._packed_B is None else self._packed_B
         known_B = known_B.minimum(num_B // group * group)
         stored_B = (num_B - self.storage.recent).clamp(min=0) // group * group
-        stored_B = stored_B.maximum(known_B)
-        stored, rest = torch.stack([stored_B.max(), (num_B - stored_B).max()]).tolist()
+        exempt_B = torch.zeros_like(num_B, dtype=torch.bool)
+        if self.exempt_B is not None:
+            exempt_B |= self.exempt_B.to(exempt_B.device)
+        stored_B = stored_B.maximum(known_B).masked_fill(exempt_B, 0)
+        rest_B = num_B - stored_B
+        counts = [stored_B.max(), rest_B.max(), rest_B.masked_fill(exempt_B, 0).max()]
+        stored, rest, self._waiting = torch.stack(counts).tolist()
         slot_BT = (~valid_BT).byte().argsort(dim=1, stable=True)
         self._ragged = True
         if stored:
@@ -274,6 +300,8 @@ class QuantisedLayer(ReducedLayer):
         self._whole = [None if x is None or not x.numel() else change(x) for x in self._whole]
         if self.recent is not None:
             self.recent = change(self.recent[0]), change(self.recent[1])
+        if self.exempt_B is not None:
+            self.exempt_B = change(self.exempt_B)
         if self.packed is not None and self._packed_B is not None:
             keys, values = (made.with_parts(*map(change, made.parts)) for made in self.packed)
             self.packed, self._packed_B = (keys, values), change(self._packed_B)
