@@ -130,3 +130,17 @@ def test_logits_must_be_square():
         page_rank(torch.zeros(1, 2, 3, 4))
     with pytest.raises(ValueError, match="k "):
         page_rank_qk(torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 5, 4))
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_mask_of_its_own_replaces_the_causal_order(stream: bool) -> None:
+    q, k = torch.randn(1, 2, 9, 4), torch.randn(1, 2, 9, 4)
+    future = torch.ones(9, 9, dtype=torch.bool).tril()
+    causal = page_rank_qk(q, k, stream=stream)
+    torch.testing.assert_close(page_rank_qk(q, k, visible_NN=future, stream=stream), causal)
+    hidden = future.clone()
+    hidden[5:, 2] = False  # nobody behind the fifth row sees the third token
+    got = page_rank_qk(q, k, visible_NN=hidden, stream=stream)
+    logits = ((q @ k.transpose(-1, -2)) * 4**-0.5).masked_fill(~hidden, -torch.inf)
+    torch.testing.assert_close(got, page_rank(logits), atol=1e-5, rtol=1e-4)
+    assert got[0, 2] < causal[0, 2]

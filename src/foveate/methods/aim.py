@@ -25,6 +25,7 @@ from foveate.core import (
     Tokens,
     count_by_plane,
     merge_by_plane,
+    merged_groups,
     relative_layer,
     take_planes,
 )
@@ -173,12 +174,14 @@ class AIM(Method):
         if context.budget.is_full:
             return None
         kept = context.budget.split([plane.num_patches for plane in context.grid.planes])
-        return merge_by_plane(
+        reduction = merge_by_plane(
             context.grid,
             kept,
             lambda source_PL, keep: merge_planes(take_planes(tokens.x_BND[0], source_PL), keep),
             tokens.device,
         )
+        context.note("groups", lambda: merged_groups(reduction), "label", "merged by similarity")
+        return reduction
 
     def kept_after(self, num_layers: int) -> list[float]:
         """Fraction of the visual tokens kept after every layer.
@@ -220,10 +223,12 @@ class AIM(Method):
         importance_S = ops.page_rank_qk(
             view.q_BHSd,
             view.k_BGTd[:, :, view.num_past :],
+            visible_NN=view.visible_SS,
             temperature=self.temperature,
             iterations=self.iterations,
             damping=self.damping,
             scale=view.scale,
         )[0]
         score_N = importance_S[context.survivors(before)[context.visual_N]]
+        context.note("page rank", score_N, caption="of the layer's attention as a walk")
         return Reduction.select(ops.top_k(score_N, keep), N)

@@ -81,6 +81,7 @@ def page_rank_qk(
     iterations: int = 5,
     damping: float = 0.0,
     causal: bool = True,
+    visible_NN: Tensor | None = None,
     valid: Tensor | None = None,
     scale: float | None = None,
     start: Start = "valid",
@@ -98,6 +99,7 @@ def page_rank_qk(
         k_BGND: keys [B, G, N, D]; G must divide H.
         temperature, iterations, damping, valid, start: as in `page_rank`.
         causal: row i sees keys 0 .. i.
+        visible_NN: bool [N, N], which row sees which key, instead of the causal order.
         scale: factor on the logits, default `D ** -0.5`.
         stream: force the streaming form (True) or the matrix form (False); None streams when one
             head's matrix over the batch exceeds 256 MiB.
@@ -121,6 +123,8 @@ def page_rank_qk(
     require_shape(k_BHND, (B, H, N, D), "k (repeated to the query heads)")
     if valid is not None:
         require_shape(valid, (B, N), "valid")
+    if visible_NN is not None:
+        require_shape(visible_NN, (N, N), "visible")
     _check(temperature, iterations, damping, start)
     factor = D**-0.5 if scale is None else scale
     element = widen(q_BHND[:1, :1, :1, :1]).element_size()
@@ -130,15 +134,19 @@ def page_rank_qk(
     walk = {"temperature": temperature, "iterations": iterations, "damping": damping}
     with torch.no_grad(), full_precision(q_BHND.device):
         if stream:
-            return _streamed(q_BHND, k_BHND, factor, causal, valid, start, walk)
+            return _streamed(q_BHND, k_BHND, factor, causal, visible_NN, valid, start, walk)
         heads = max(1, min(H, _MATRIX_BYTES // head_bytes))
-        future = torch.ones(N, N, dtype=torch.bool, device=q_BHND.device).triu_(1)
+        hidden = None
+        if visible_NN is not None:
+            hidden = ~visible_NN
+        elif causal:
+            hidden = torch.ones(N, N, dtype=torch.bool, device=q_BHND.device).triu_(1)
         total_BN: Tensor | float = 0.0
         for h in range(0, H, heads):
             q, k = widen(q_BHND[:, h : h + heads]), widen(k_BHND[:, h : h + heads])
             logits = (q * factor) @ k.transpose(-1, -2)
-            if causal:
-                logits.masked_fill_(future, -torch.inf)
+            if hidden is not None:
+                logits.masked_fill_(hidden, -torch.inf)
             rms_BN = page_rank(logits, valid=valid, start=start, **walk)
             total_BN = total_BN + rms_BN.square() * q.shape[1]
         return (total_BN / H).sqrt() if isinstance(total_BN, Tensor) else q_BHND.new_zeros(B, N)
@@ -149,6 +157,7 @@ def _streamed(
     k_BHND: Tensor,
     scale: float,
     causal: bool,
+    visible_NN: Tensor | None,
     valid: Tensor | None,
     start: Start,
     walk: dict,
@@ -161,8 +170,9 @@ def _streamed(
             k_BHND,
             row_weights=mass_BHN,
             scale=scale / walk["temperature"],
-            causal=causal,
+            causal=causal and visible_NN is None,
             key_mask=valid,
+            attn_mask=visible_NN,
             reduce="none",
         )
         mass_BHN = step_BHN * (1 - walk["damping"]) + start_B1N * walk["damping"]
