@@ -111,7 +111,9 @@ def projector_notebook(report: ItemReport, present: Reduction | None, num_tokens
     group_N = None if present is None else present.groups_BN[0].cpu()
 
     def take(noted: Evidence) -> None:
-        report.add_evidence(noted if group_N is None else noted.take(group_N))
+        entry = noted if group_N is None else noted.take(group_N)
+        if not entry.is_blank:
+            report.add_evidence(entry)
 
     whole = present is None
     return Notebook("projector", (num_tokens,), take, grid=report.grid, patches=whole)

@@ -175,7 +175,14 @@ class CATP(PatchSelector):
         """Patches that cover the image and resemble its text."""
         segment_TD = context.signal("text.segment")[0].float()
         text_D = segment_TD.mean(0) if len(segment_TD) else None
-        return aligned_coverage(tokens.x_BND[0, patch_P], text_D, keep, self.text_weight)
+        order_K = aligned_coverage(tokens.x_BND[0, patch_P], text_D, keep, self.text_weight)
+        context.note(
+            "order of choice",
+            range(keep),
+            caption="0 covers most of the image and its text",
+            at=patch_P[order_K],
+        )
+        return order_K
 
     # -- inside it ------------------------------------------------------------------------------
 
@@ -228,6 +235,7 @@ class CATP(PatchSelector):
                 return None
             rise_N = context.last_token_attention(first - 1)
             rise_N = (rise_N - context.last_token_attention(first - 2)).clamp_(min=0)
+            context.note("rise of attention", rise_N, caption="of the last token, over one layer")
             score_N = rise_N + self.query_weight * cosine_similarity(hidden_ND, query_D[None])
             return _keep_best(score_N, ~is_query_N, context.state["kept"][0])
         if context.layer != second:
@@ -235,6 +243,7 @@ class CATP(PatchSelector):
         left_CD = hidden_ND[~is_query_N]
         target_D = left_CD.mean(0) if len(left_CD) else query_D
         score_N = cosine_similarity(hidden_ND, target_D[None])
+        context.note("similarity to what is left", score_N, caption="of the demonstrations")
         return _keep_best(score_N, is_query_N, context.state["kept"][1])
 
     def _counts(self, context: DecoderContext, is_query_N: torch.Tensor) -> tuple[int, int]:

@@ -70,4 +70,10 @@ class DivPrune(Method):
         keep = max(1, context.budget.count(tokens.num_tokens))
         order_K = ops.max_min_diversity(tokens.x_BND[0], keep)
         context.state["order"] = order_K
+        context.note(
+            "order of choice",
+            range(keep),
+            caption="each is the farthest from those before it",
+            at=order_K,
+        )
         return Reduction.select(order_K.sort().values, tokens.num_tokens)

@@ -204,7 +204,11 @@ class DyCoke(Method):
         T, N, _ = x_TND.shape
         group, _ = self.schedule(T, context.budget.fraction(T * N))
         counts = self.kept_per_frame(grid, context.budget)
+        context.note(
+            "groups", lambda: [(t, min(t + group, T) - 1) for t in range(0, T, group)], "frames"
+        )
         similarity_TN = similarity_to_earlier(x_TND, group)
+        context.note("similarity", similarity_TN, caption="to the same place in the earlier frame")
         rank_TN = similarity_TN.argsort(dim=1, stable=True).argsort(dim=1)
         count_T1 = torch.tensor(counts, device=tokens.device)[:, None]
         keep_TN = rank_TN < count_T1
@@ -257,5 +261,6 @@ class DyCoke(Method):
             score_N = context.last_token_attention(first - 1)
             kept_K = ops.top_k(score_N, max(1, math.floor(N * self.cache_retain)))
             context.state["kept"] = context.id_N[kept_K]
+            context.note("attention", score_N, caption="of the last token, in the layer before")
         keep_N = torch.isin(context.id_N, context.state["kept"])
         return Reduction.select(keep_N.nonzero()[:, 0], N)

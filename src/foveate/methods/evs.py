@@ -91,5 +91,6 @@ class EVS(PatchSelector):
         x_TLD = frames_of(tokens, context.grid, self.name)
         first = x_TLD.shape[1]
         change_K = -ops.adjacent_similarity(x_TLD).flatten()
+        context.note("change", change_K, caption="from the frame before", at=patch_P[first:])
         later_K = first + ops.top_k(change_K, keep - first)
         return torch.cat([torch.arange(first, device=tokens.device), later_K])

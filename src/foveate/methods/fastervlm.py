@@ -148,6 +148,7 @@ class FasterVLM(Method):
         grid = context.grid
         patch_P = grid.patch_index(tokens.device)
         score_P = context.signal("encoder.cls_attention", "encoder.received_attention")[0][patch_P]
+        context.note("attention", score_P, caption="of [CLS], or received where there is none")
         sizes = [plane.num_patches for plane in grid.planes]
         kept = torch.tensor(self._kept_per_plane(grid, context.budget))
         # Planes of different sizes become rows of one padded table.

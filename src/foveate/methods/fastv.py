@@ -82,5 +82,6 @@ class FastV(Method):
         if context.budget.is_full or N == 0:
             return None
         score_N = context.last_token_attention(context.layer - 1)
+        context.note("attention", score_N, caption="of the last token, in the layer before")
         keep = max(1, context.budget.count(N))
         return Reduction.select(ops.top_k(score_N, keep), N)

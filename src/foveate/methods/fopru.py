@@ -134,11 +134,12 @@ class FoPru(PlaneSelector):
         return [max(1, count // w) * w for count, w in zip(kept, widths, strict=True)]
 
     def projector(self, tokens: Tokens, context: ProjectorContext) -> Reduction | None:
-        """Choose patches or rows in every plane of one item; the map stays in the report."""
+        """Choose patches or rows in every plane of one item."""
         if context.budget.is_full:
             return None
         view = context.encoder_attentions()[0]
         context.state["significance"] = view.to_tokens(significance(view))[0]
+        context.note("significance", context.state["significance"], caption="in encoder attention")
         return super().projector(tokens, context)
 
     def choose_in_planes(

@@ -65,6 +65,21 @@ def hierarchical_choice(
 
     Source: HiPrune, section 3 (arXiv 2508.00553).
     """
+    anchor_TL, near_TL = anchors_and_buffers(
+        object_TL, width, keep, alpha=alpha, neighbours=neighbours
+    )
+    return fill_with_registers(object_TL, deep_TL, anchor_TL, near_TL, keep)
+
+
+def anchors_and_buffers(
+    object_TL: torch.Tensor,
+    width: int,
+    keep: int,
+    *,
+    alpha: float = 0.1,
+    neighbours: Neighbours = "adjacent",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Anchors, and anchors with their neighbours, bool [T, L] each; `hierarchical_choice`."""
     L = object_TL.shape[1]
     anchor_TA = ops.top_k(object_TL, min(ops.round_half_even(alpha * keep / GROUP), L))
     is_anchor_TL = torch.zeros_like(object_TL, dtype=torch.bool).scatter_(1, anchor_TA, True)
@@ -78,6 +93,18 @@ def hierarchical_choice(
         near_Thw[:, :-1] |= anchor_Thw[:, 1:]
         near_Thw[:, :, 1:] |= anchor_Thw[:, :, :-1]
         near_Thw[:, :, :-1] |= anchor_Thw[:, :, 1:]
+    return is_anchor_TL, near_TL
+
+
+def fill_with_registers(
+    object_TL: torch.Tensor,
+    deep_TL: torch.Tensor,
+    is_anchor_TL: torch.Tensor,
+    near_TL: torch.Tensor,
+    keep: int,
+) -> torch.Tensor:
+    """Anchors, then buffers, then the best of the deep block, int64 [T, K], ascending."""
+    L = object_TL.shape[1]
     # Ranks instead of scores: anchors above buffers above the rest, whatever the scores' scale.
     priority_TL = torch.where(near_TL, L * (1 + is_anchor_TL.long()), 0)
     priority_TL -= torch.where(near_TL, _rank(object_TL), _rank(deep_TL))
@@ -186,12 +213,14 @@ class HiPrune(PlaneSelector):
         return relative_layer(layer - 1, num_layers, "object_layer - 1"), feature_layer
 
     def projector(self, tokens: Tokens, context: ProjectorContext) -> Reduction | None:
-        """Choose patches in every plane of one item; both maps stay in the report."""
+        """Choose patches in every plane of one item."""
         if context.budget.is_full:
             return None
         views = context.encoder_attentions()
         context.state["object_attention"] = global_attention(views[0])
         context.state["deep_attention"] = global_attention(views[-1])
+        context.note("object attention", context.state["object_attention"], caption="middle block")
+        context.note("deep attention", context.state["deep_attention"], caption="last block")
         return super().projector(tokens, context)
 
     def choose_in_planes(
@@ -203,14 +232,17 @@ class HiPrune(PlaneSelector):
         keep: int,
     ) -> torch.Tensor:
         """Anchors, buffers and registers of every plane."""
-        return hierarchical_choice(
-            context.state["object_attention"][source_TL],
-            context.state["deep_attention"][source_TL],
-            plane.width,
-            keep,
-            alpha=self.alpha,
-            neighbours=self.neighbours,
+        object_TL = context.state["object_attention"][source_TL]
+        deep_TL = context.state["deep_attention"][source_TL]
+        anchor_TL, near_TL = anchors_and_buffers(
+            object_TL, plane.width, keep, alpha=self.alpha, neighbours=self.neighbours
         )
+        place_TK = fill_with_registers(object_TL, deep_TL, anchor_TL, near_TL, keep)
+        kept_TL = torch.zeros_like(near_TL).scatter_(1, place_TK, True)
+        context.note("anchors", kept_TL & anchor_TL, "mark", at=source_TL)
+        context.note("buffers", kept_TL & near_TL & ~anchor_TL, "mark", at=source_TL)
+        context.note("registers", kept_TL & ~near_TL, "mark", at=source_TL)
+        return place_TK
 
 
 def global_attention(view: EncoderAttentionView) -> torch.Tensor:

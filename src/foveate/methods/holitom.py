@@ -323,6 +323,8 @@ class HoliTom(Method):
         context.state["segments"] = [(a, b) for a, b in merged.segmentation.bounds.tolist()]
         context.state["static"] = merged.static_TN
         context.note("segments", merged.segmentation.bounds, "frames", "runs of similar frames")
+        context.note("static patches", merged.static_TN, "mark", "averaged over their segment")
+        context.note("attention", attn_N, caption="that patches receive in the encoder")
         return self._in_prompt_order(merged, grid, patch_P)
 
     def decoder_layers(self, num_layers: int) -> tuple[int, ...]:
@@ -349,6 +351,7 @@ class HoliTom(Method):
         if tokens.num_tokens == 0 or context.budget.is_full or images_only:
             return None
         score_N = context.last_token_attention(context.layer - 1)
+        context.note("attention", score_N, caption="of the last token, in the layer before")
         return inner(tokens.x_BND[0], score_N, self.inner_retain, merge=self.inner_merge)
 
     def _keeps_rows(self, grid: Grid) -> bool:

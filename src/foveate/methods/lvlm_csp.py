@@ -271,10 +271,14 @@ class LVLMCSP(Method):
             return None
         first, last, prune = self.counts(N, context.num_layers, context.budget)
         if context.layer == 0:
-            return Reduction.select(self._choose(tokens, context, first), N)
+            chosen_K = self._choose(tokens, context, first)
+            context.note("first to think", True, "mark", "the others are parked", at=chosen_K)
+            return Reduction.select(chosen_K, N)
         if context.layer != prune:
             return None
-        return Reduction.select(ops.top_k(self._attention(context), last), N)
+        score_N = self._attention(context)
+        context.note("attention", score_N, caption="of the query token, in the layer before")
+        return Reduction.select(ops.top_k(score_N, last), N)
 
     def _attention(self, context: DecoderContext) -> torch.Tensor:
         """Attention of the query token to the visual tokens in the layer before, float32 [N]."""
@@ -302,6 +306,7 @@ class LVLMCSP(Method):
             return ops.top_k(score_N.masked_fill(score_N.isnan(), -torch.inf), keep)
         if self.chooser == "seg_first":
             instance_N, sizes = self._instances(tokens)
+            context.note("instances", instance_N, "label", "the last one is the background")
             return by_instance(instance_N, sizes, keep)
         return torch.arange(keep, device=device) * N // max(keep, 1)
 

@@ -21,6 +21,7 @@ from foveate.core import (
     Reduction,
     Tokens,
     average_cells,
+    merged_groups,
 )
 
 
@@ -161,7 +162,9 @@ class M3(Method):
             shapes = list(map(self._shape, grid.planes, kernels))
             inside_P2 = cell_P2 < torch.tensor(shapes, device=device)[plane_P]
             cell_P2 = cell_P2.where(inside_P2.all(1, keepdim=True), -1)
-        return average_cells(cell_P2, grid, tokens.size_BN)
+        reduction = average_cells(cell_P2, grid, tokens.size_BN)
+        context.note("cells", lambda: merged_groups(reduction), "label", "each is one token")
+        return reduction
 
     def _kernels(self, grid: Grid, budget: Budget) -> list[int]:
         """The kernel of every plane."""

@@ -21,6 +21,7 @@ from foveate.core import (
     Reduction,
     Tokens,
     average_cells,
+    merged_groups,
 )
 
 
@@ -92,7 +93,9 @@ class Pool(Method):
         before_P2 = torch.tensor([(p.height, p.width) for p in grid.planes], device=device)[plane_P]
         after_P2 = torch.tensor(self._shapes(grid, context.budget), device=device)[plane_P]
         cell_P2 = torch.stack(place_P, dim=1) * after_P2 // before_P2
-        return average_cells(cell_P2, grid, tokens.size_BN)
+        reduction = average_cells(cell_P2, grid, tokens.size_BN)
+        context.note("cells", lambda: merged_groups(reduction), "label", "each is one token")
+        return reduction
 
     def _shapes(self, grid: Grid, budget: Budget) -> list[tuple[int, int]]:
         most = budget.split([plane.num_patches for plane in grid.planes], "floor")

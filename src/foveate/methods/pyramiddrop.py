@@ -139,7 +139,9 @@ class PyramidDrop(Method):
         if keep >= N:
             return None
         row_S = context.attention_ahead().last_row()[0].mean(0)
-        return Reduction.select(ops.top_k(row_S[context.visual_N], keep), N)
+        score_N = row_S[context.visual_N]
+        context.note("attention", score_N, caption="of the last token, in the layer to come")
+        return Reduction.select(ops.top_k(score_N, keep), N)
 
 
 @lru_cache(maxsize=256)

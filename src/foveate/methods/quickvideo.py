@@ -167,6 +167,8 @@ class QuickVideo(Method):
         _, group_N, sizes = pair_N2.unique(dim=0, return_inverse=True, return_counts=True)
         counts = [self._count(size, N, context) for size in sizes.tolist()]
         scores_N = norm_scores(keys_BGNd, values_BGNd, self.score)[0]
+        context.note(self.score.replace("_", " "), scores_N, caption="the highest of a group stay")
+        context.note("groups", group_N, "label", "frames that share a count")
         return Reduction.select(_keep_in_groups(scores_N, group_N, counts), N)
 
     def kept(self, size: int, budget: Budget, layer: int = 0, num_layers: int = 1) -> int:

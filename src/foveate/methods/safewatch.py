@@ -200,6 +200,8 @@ class SafeWatch(Method):
         known_N, weight_MN = context.state["known"], context.state["weights"]
         # Tokens that left at an earlier layer are ranked no more.
         weight_MN = weight_MN[:, torch.searchsorted(known_N, context.id_N)]
+        context.note("relevance", lambda: weight_MN.sum(0), caption="attention of all policies")
+        context.note("policy", lambda: weight_MN.argmax(0), "label", "that attends most")
         return Reduction.select(policy_tokens(weight_MN, keep, self.allocation), N)
 
     def _gather(self, context: CacheContext) -> None:

@@ -145,6 +145,13 @@ class ToDRE(PatchSelector):
         pivot = score_N[patch_P[: _num_candidates(context.grid)]].argmax()
         order_K = diverse_order(tokens.x_BND[0, patch_P], keep, pivot, self.objective)
         context.state["order"] = patch_P[order_K]
+        context.note(
+            "order of choice",
+            range(keep),
+            caption="each is most unlike those before it",
+            at=patch_P[order_K],
+        )
+        context.note("pivot", True, "mark", "the most attended patch", at=patch_P[order_K[:1]])
         return order_K
 
     # -- relevance ------------------------------------------------------------------------------
@@ -185,6 +192,11 @@ class ToDRE(PatchSelector):
         attention_S = view.mean_of_last(num_text)[0]
         share = attention_share(attention_S, view.visual_N)
         context.state["text_to_visual"] = share
+        context.note(
+            "attention",
+            lambda: attention_S[context.survivors(context.layer - 1)[context.visual_N]],
+            caption="of the instruction, in the layer before",
+        )
         if not bool(share < self.tau):
             return None
         return Reduction.select(torch.empty(0, dtype=torch.long, device=tokens.device), N)

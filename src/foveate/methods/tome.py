@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 
 from foveate import ops
-from foveate.core import Budget, Card, EncoderContext, Method, Reduction, Tokens
+from foveate.core import Budget, Card, EncoderContext, Method, Reduction, Tokens, merged_groups
 
 
 @lru_cache
@@ -163,7 +163,9 @@ class ToMe(Method):
             own_BP = torch.arange(prefix, device=tokens.device).expand(tokens.batch, prefix)
             assignment_BN = torch.cat([own_BP, matching.assignment_BN + prefix], dim=1)
             kept_BM = torch.cat([own_BP, matching.kept_BM + prefix], dim=1)
-        return Reduction.merge(assignment_BN, kept_BM.shape[1], size_BN, kept_BM)
+        reduction = Reduction.merge(assignment_BN, kept_BM.shape[1], size_BN, kept_BM)
+        context.note("groups", lambda: merged_groups(reduction), "label", "merged in this block")
+        return reduction
 
     def _parts(self) -> tuple[int | list[int] | None, float]:
         """`r` as one number or a list, and the inflection."""

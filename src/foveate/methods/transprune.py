@@ -249,7 +249,10 @@ class TransPrune(Method):
         # The instruction ends the sequence; without one, its last token speaks for it.
         num_rows = max(1, context.after_R.shape[0])
         attention_S = context.attention_ahead().mean_of_last(num_rows)[0]
-        score_N = self.score(transition_S[context.visual_N], attention_S[context.visual_N])
+        transition_N, attention_N = transition_S[context.visual_N], attention_S[context.visual_N]
+        context.note("transition", transition_N, caption="of the layers so far, added up")
+        context.note("attention", attention_N, caption="of the instruction, in the layer to come")
+        score_N = self.score(transition_N, attention_N)
         return Reduction.select(ops.top_k(score_N, keep), N)
 
     def score(self, transition_N: torch.Tensor, attention_N: torch.Tensor) -> torch.Tensor:

@@ -321,7 +321,10 @@ class TSLLaVA(Method):
             whole = grid.num_patches - mine
             first = whole if self.order == "thumbnail_first" else 0
             thumbnail_K = patch_P[:first] if first else patch_P[mine:]
-            kept_K = torch.cat([patch_P[first : first + mine][inside_S], thumbnail_K])
+            sampled_K = patch_P[first : first + mine][inside_S]
+            kept_K = torch.cat([sampled_K, thumbnail_K])
+            context.note("sampled", True, "mark", at=sampled_K)
+            context.note("thumbnail", True, "mark", at=thumbnail_K)
         return Reduction.select(with_newlines(kept_K, grid, "end"), tokens.num_tokens)
 
     def _clip(self, grids: tuple[Grid, ...]) -> list[int]:

@@ -201,6 +201,8 @@ class VidCom2(PatchSelector):
         x_TLC = steady_channels(frames_of(tokens, context.grid, self.name), self.channels)
         T, L, _ = x_TLC.shape
         video_TL, frame_TL = similarity_to_means(x_TLC, self.measure)
+        context.note("likeness to the video", video_TL, caption="the least alike stay")
+        context.note("likeness to the frame", frame_TL, caption="the least alike stay")
         ratio_T = frame_ratios(video_TL, keep / (T * L), self.temperature)
         counts = self._counts(ratio_T.tolist(), L, keep)
         context.state["kept"] = counts

@@ -249,7 +249,9 @@ class VideoXL2(Method):
             return None
         unit_N = number_units(context.position_N3, context.item_N, self.unit_frames)
         if self.chunks is None:
-            context.state["relevance"] = self._scores(context, unit_N)
+            context.state["relevance"] = score_U = self._scores(context, unit_N)
+            context.note("relevance", lambda: score_U[unit_N], caption="of a unit to the question")
+        context.note("blocks", unit_N // self.block_units, "label", "read one after the other")
         return Blocks(unit_N // self.block_units, self.previous_blocks)
 
     def _scores(self, context: PrefillContext, unit_N: torch.Tensor) -> torch.Tensor:
@@ -281,6 +283,7 @@ class VideoXL2(Method):
             window = self._fitted_window(sizes, dense, budget)
             dense_U = torch.tensor(dense, device=keys_BGNd.device)
             reduction = pool_units(unit_N, dense_U, window, drop_tail=self.drop_tail)
+            context.note("dense units", dense_U[unit_N], "mark", "the others are pooled")
             state["reduction"] = None if reduction.num_out == len(unit_N) else reduction
         return state["reduction"]
 

@@ -24,6 +24,7 @@ from foveate.core import (
     Tokens,
     count_by_plane,
     merge_by_plane,
+    merged_groups,
     take_planes,
 )
 
@@ -202,18 +203,26 @@ class VisionZip(Method):
             return None
         grid = context.grid
         score_N = context.signal("encoder.cls_attention", "encoder.received_attention")[0]
+        context.note("attention", score_N, caption="of [CLS], or received where there is none")
         keys = self.similarity == "keys"
         metric_NE = mean_keys(*context.encoder_attentions())[0] if keys else tokens.x_BND[0]
         size_N = None if tokens.size_BN is None else tokens.size_BN[0]
 
         def merge(source_TL: torch.Tensor, kept: int) -> Reduction:
-            return zip_planes(
+            dominant, contextual = self.split(kept)
+            made = zip_planes(
                 score_N[source_TL],
                 take_planes(metric_NE, source_TL),
-                *self.split(kept),
+                dominant,
+                contextual,
                 size_TL=None if size_N is None else size_N[source_TL],
                 merge=self.merge,
             )
+            dominant_TD = source_TL.gather(1, made.anchor_BM[:, :dominant])
+            context.note("dominant", True, "mark", at=dominant_TD)
+            return made
 
         kept = context.budget.split([plane.num_patches for plane in grid.planes])
-        return merge_by_plane(grid, kept, merge, tokens.device)
+        reduction = merge_by_plane(grid, kept, merge, tokens.device)
+        context.note("contextual groups", lambda: merged_groups(reduction), "label")
+        return reduction
