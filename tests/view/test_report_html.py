@@ -78,8 +78,8 @@ def test_every_frame_has_its_time_and_its_counts_in_words() -> None:
     assert {a["href"][1:] for a in page.of("a", "col")} == targets
     segments = page.of("span", "seg")
     assert [a["title"] for a in segments] == [
-        "segment 1: 0.00 s to 0.50 s",
-        "segment 2: 1.00 s to 1.50 s",
+        "segments 1: 0.00 s to 0.50 s",
+        "segments 2: 1.00 s to 1.50 s",
     ]
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from foveate._wording import count, duration, flops, plural
 from foveate.core.report import ItemReport, Report, merge_layers
 from foveate.view.charts import flops_chart, layers_chart, seconds_chart
+from foveate.view.evidence import colour_tables
 from foveate.view.item import item_section
 
 #: Bytes that all pictures of a report may take as text; a report of any length stays below 3 MB.
@@ -115,7 +116,8 @@ def render_report(report: Report, *, frames: Any = None, title: str | None = Non
         f'<header class="page"><h1>{escape(title)}</h1>{_facts(report)}{_figures(report)}</header>'
         f'\n<main>{tools}{items}<div class="panels">{_panels(report)}</div>'
         f"<footer>Drawn by foveate {escape(_version())}. This file needs no network.</footer>"
-        f'</main>\n<div id="say" role="status"></div>\n<script>{_asset("report.js")}</script>\n'
+        f'</main>\n<div id="say" role="status"></div>\n'
+        f"<script>{colour_tables()}{_asset('report.js')}{_asset('evidence.js')}</script>\n"
         "</body>\n</html>\n"
     )
 

@@ -9,7 +9,9 @@ from typing import Any
 
 from foveate._wording import count, plural
 from foveate.core.report import ItemReport, Report
+from foveate.core.evidence import Evidence
 from foveate.view.draw import item_pictures, plane_label
+from foveate.view.evidence import evidence_layers, evidence_tools
 from foveate.view.layout import ItemView, view_item
 from foveate.view.pictures import Thumbnail, packed_alive, packed_groups, thumbnails
 
@@ -48,7 +50,8 @@ def item_section(item: ItemReport, number: int, report: Report, frames: Any, bud
     return (
         f'<section class="item" aria-label="{escape(name, quote=True)}"{data}>'
         f"<header><h2>{escape(name)}</h2><p>{_summary(item, view, step)}</p></header>"
-        f"{_axis(view, number) if len(view.planes) > 1 else ''}{_depth(view, number)}"
+        f"{_axis(view, number) if len(view.planes) > 1 else ''}{_bands(item, view)}"
+        f"{_depth(view, number)}{evidence_tools(evidence_layers(item, shown), number)}"
         f'<div class="frames{many}" style="--wide:{wide}px">{cards}</div></section>'
     )
 
@@ -68,7 +71,7 @@ def _summary(item: ItemReport, view: ItemView, step: int) -> str:
     for name, kept, before in view.specials:
         parts.append(f"{count(kept)} of {count(before)} {name} tokens")
     if view.segments:
-        parts.append(plural(len(view.segments), "segment"))
+        parts.append(f"{count(len(view.segments))} {view.segment_name}")
     if item.reduction is not None and item.reduction.kind == "synthesise":
         parts.append(f"{count(item.after)} new tokens that stand for no single patch")
     if step > 1:
@@ -97,7 +100,7 @@ def _axis(view: ItemView, number: int) -> str:
     for index, (first, last) in enumerate(view.segments):
         left = 100 * (edges[first] - starts[0]) / span
         width = 100 * (edges[last + 1] - edges[first]) / span
-        label = f"segment {index + 1}: {plane_label(view, first)} to {plane_label(view, last)}"
+        label = f"{view.segment_name} {index + 1}: {plane_label(view, first)} to {plane_label(view, last)}"
         parts.append(
             f'<span class="seg {"ab"[index % 2]}" title="{label}" '
             f'style="left:{left:.3f}%;width:calc({width:.3f}% - 2px)"></span>'
@@ -111,6 +114,28 @@ def _axis(view: ItemView, number: int) -> str:
         f'<div class="axis" role="group" aria-label="Tokens per frame over time, at most {most}">'
         f"{''.join(parts)}</div>"
     )
+
+
+def _bands(item: ItemReport, view: ItemView) -> str:
+    """Further runs of frames that methods noted, below the time line, which has the first."""
+    runs = [noted for noted in item.evidence if noted.kind == "frames"]
+    return "".join(_band(noted, view) for noted in runs[1:] if len(view.planes) > 1)
+
+
+def _band(noted: Evidence, view: ItemView) -> str:
+    starts, end = _spans(view)
+    edges, span = [*starts, end], (end - starts[0]) or 1.0
+    parts = []
+    for index, (first, last) in enumerate(noted.value):
+        left = 100 * (edges[first] - starts[0]) / span
+        width = 100 * (edges[last + 1] - edges[first]) / span
+        label = f"{noted.name} {index + 1}: {plane_label(view, first)} to {plane_label(view, last)}"
+        parts.append(
+            f'<span class="seg {"ab"[index % 2]}" title="{escape(label, quote=True)}" '
+            f'style="left:{left:.3f}%;width:calc({width:.3f}% - 2px)"></span>'
+        )
+    name = escape(f"{noted.method}: {noted.name}")
+    return f'<div class="band"><p>{name}</p><div class="runs">{"".join(parts)}</div></div>'
 
 
 def _time(left: float, text: str, style: str = "") -> str:
@@ -144,10 +169,11 @@ def _depth(view: ItemView, number: int) -> str:
         for layer, alive_M in view.alive
     ]
     data = escape(json.dumps(labels), quote=True)
+    layers = json.dumps([layer for layer, _ in view.alive])
     return (
         f'<div class="depth"><label for="depth{number}">inside the decoder</label>'
         f'<input type="range" id="depth{number}" min="0" max="{len(view.alive)}" value="0" '
-        f'data-labels="{data}"><output for="depth{number}">{escape(labels[0])}</output></div>'
+        f'data-labels="{data}" data-layers="{layers}"><output for="depth{number}">{escape(labels[0])}</output></div>'
     )
 
 
@@ -163,7 +189,7 @@ def _card(view: ItemView, plane: int, thumb: Thumbnail, number: int) -> str:
     return (
         f'<figure class="frame" id="f{number}-{plane}">'
         f'<span class="strip {_segment_style(view, plane)}"></span>'
-        f'<div class="view" tabindex="0" role="img" aria-label="{words}" data-when="{when}" '
+        f'<div class="view" tabindex="0" role="img" aria-label="{words}" data-when="{when}" data-plane="{plane}" '
         f'data-first="{entry.first}" data-rows="{rows}" data-columns="{columns}" '
         f'style="aspect-ratio:{thumb.width}/{thumb.height}">{photo}'
         f'<img class="overlay" src="{thumb.overlay}" alt="" decoding="sync"></div>'

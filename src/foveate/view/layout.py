@@ -60,7 +60,9 @@ class ItemView:
         num_groups: M.
         colour_M: int64 [M], number of each merged group in drawing order, -1 for single patches.
         specials: (name, kept, before) of the tokens that stand for no pixels.
-        segments: (first, last) plane of every segment, inclusive; empty when there are none.
+        segments: (first, last) plane of every run of frames that a method noted, inclusive; empty
+            when there are none.
+        segment_name: what the method calls them.
         seconds: time of every plane's first frame, or None.
         alive: (decoder layer, bool [M] of the tokens that survive it), ascending.
     """
@@ -70,6 +72,7 @@ class ItemView:
     colour_M: np.ndarray
     specials: tuple[tuple[str, int, int], ...] = ()
     segments: tuple[tuple[int, int], ...] = ()
+    segment_name: str = "segments"
     seconds: tuple[float, ...] | None = None
     alive: tuple[tuple[int, np.ndarray], ...] = field(default=())
 
@@ -114,6 +117,7 @@ def view_item(item: ItemReport) -> ItemView:
         colour_M=_colour_numbers(kept_P, merged_M),
         specials=_specials(kind_N, group_N),
         segments=_segments(item.segments, len(grid.planes)),
+        segment_name=next((x.name for x in item.evidence if x.kind == "frames"), "segments"),
         seconds=_plane_seconds(item.seconds, grid),
         alive=_alive(item, num_groups),
     )

@@ -1,6 +1,6 @@
-"""Colours for merged groups: evenly bright, far apart from one group to the next.
+"""Colours for groups, far apart from one to the next, and for numbers, evenly from dark to bright.
 
-Legend: G groups.
+Legend: G groups, V steps of a scale.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ import numpy as np
 _GOLDEN_ANGLE = np.pi * (3.0 - np.sqrt(5.0))
 _LIGHTNESS = np.array([0.76, 0.68, 0.84])
 _CHROMA = 0.14
+
+#: Colours of labels before they repeat.
+NUM_LABEL_COLOURS = 60
 
 
 def group_colours(count: int) -> np.ndarray:
@@ -35,6 +38,31 @@ def group_colours(count: int) -> np.ndarray:
         ],
         axis=-1,
     )
+    return _to_rgb(lab_G3)
+
+
+def heat_colours(count: int = 256) -> np.ndarray:
+    """A scale for numbers, dark violet to pale yellow, uint8 [count, 3].
+
+    Lightness rises in equal steps of OKLab, so that equal differences look equal, also in grey and
+    to colour-blind eyes.
+
+    Example:
+        >>> heat_colours(256).shape, bool((heat_colours(256)[255] > heat_colours(256)[0]).all())
+        ((256, 3), True)
+    """
+    share_V = np.linspace(0.0, 1.0, max(count, 0))
+    hue_V = np.deg2rad(285.0 + 180.0 * share_V)
+    # Least colour at both ends, where the screen can show little of it.
+    chroma_V = 0.06 + 0.13 * np.sin(np.pi * np.clip(share_V * 0.92 + 0.06, 0.0, 1.0))
+    lightness_V = 0.20 + 0.76 * share_V
+    return _to_rgb(
+        np.stack([lightness_V, chroma_V * np.cos(hue_V), chroma_V * np.sin(hue_V)], axis=-1)
+    )
+
+
+def _to_rgb(lab_G3: np.ndarray) -> np.ndarray:
+    """OKLab to sRGB, uint8."""
     to_lms = np.array(
         [
             [1.0, 0.3963377774, 0.2158037573],

@@ -17,6 +17,12 @@
     const labels = depth ? JSON.parse(depth.dataset.labels) : [];
     let active = none, pinned = false;
 
+    // For the evidence: whether a patch of a view is still there at the depth that is chosen.
+    root.isKept = (v, r, c) => {
+      const g = groups[v.first + r * v.w + c];
+      return g !== none && !gone(g, depth ? +depth.value : 0);
+    };
+    root.repaint = paint;
     const gone = (g, step) => step > 0 && !((alive[(step - 1) * row + (g >> 3)] >> (g & 7)) & 1);
 
     function paint() {
@@ -33,7 +39,7 @@
         pen.lineWidth = Math.max(2, 2 * scale);
         for (let r = 0; r < v.h; r++) for (let c = 0; c < v.w; c++) {
           const g = at(r, c), box = [x(c), y(r), x(c + 1) - x(c), y(r + 1) - y(r)];
-          if (g !== none && gone(g, step)) { pen.fillStyle = "rgba(13,15,20,.76)"; pen.fillRect(...box); }
+          if (g !== none && gone(g, step) && !root.seeing) { pen.fillStyle = "rgba(13,15,20,.76)"; pen.fillRect(...box); }
           if (active === none) continue;
           if (g !== active) { pen.fillStyle = "rgba(8,10,14,.55)"; pen.fillRect(...box); continue; }
           pen.strokeStyle = "#ffd84d";
@@ -63,6 +69,8 @@
         say.textContent = `Token ${g} stands for ${patches} patch${patches > 1 ? "es" : ""} in ` +
           `${planes.length} frame${planes.length > 1 ? "s" : ""}, ${span}`;
       }
+      const more = root.evidenceAt ? root.evidenceAt(v.node, r, c) : "";
+      if (more) say.textContent += ` · ${more}`;
       if (g !== active) { active = g; paint(); }
     }
 
@@ -99,6 +107,7 @@
     if (depth) depth.addEventListener("input", () => {
       root.querySelector(".depth output").textContent = labels[+depth.value];
       paint();
+      root.dispatchEvent(new Event("kept"));
     });
   }
   document.querySelectorAll(".item[data-groups]").forEach(start);
