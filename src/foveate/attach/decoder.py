@@ -27,6 +27,7 @@ from foveate.attach.masks import MaskMaker
 from foveate.attach.noting import Trails
 from foveate.attach.parking import Parked, bring_back, park
 from foveate.attach.plan import StepPlan, placed
+from foveate.attach.quantised import note_storage
 from foveate.attach.rules import CallRules, rule_of_rows
 from foveate.attach.sequence import (
     Layout,
@@ -387,6 +388,8 @@ class DecoderCall:
             for sample, lengths in enumerate(self.report.cache_lengths):
                 valid_BT = cached.valid_BT
                 lengths.append(cached.length if valid_BT is None else int(valid_BT[sample].sum()))
+        if self.cache is not None:
+            note_storage(self.cache, self.report)
 
     def _add_deepstack(self, level: int, hidden_BLD: torch.Tensor) -> torch.Tensor:
         batch, rows, parts = [], [], []

@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 from torch.nn.functional import pad
+from transformers.cache_utils import Cache
 
 from foveate import ops
 from foveate.attach.cache import ReducedLayer
-from foveate.core import CacheStorage, Recipe
+from foveate.core import CacheStorage, Recipe, Report
 from foveate.ops.quantise import Quantised
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -34,6 +35,14 @@ def plan_storage(recipe: Recipe) -> Callable[[], ReducedLayer]:
         if storage is not None:
             return lambda: QuantisedLayer(storage)
     return ReducedLayer
+
+
+def note_storage(cache: Cache, report: Report) -> None:
+    """Say in the report how many bytes the cache takes, if it is stored in few bits."""
+    layers = [layer for layer in cache.layers if isinstance(layer, QuantisedLayer)]
+    if any(layer.packed is not None for layer in layers):
+        held, full = (sum(getattr(x, n) for x in layers) for n in ("nbytes", "full_nbytes"))
+        report.notes.append(f"the cache of the prompt takes {held:,} bytes instead of {full:,}")
 
 
 class QuantisedLayer(ReducedLayer):

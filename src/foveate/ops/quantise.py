@@ -25,6 +25,11 @@ class Quantised:
         bits: of a code.
         dim: the axis that groups lie along, -1 or -2; `zero` and `exponent` are shorter there.
         num_channels: d.
+
+    Example:
+        >>> stored = quantise(torch.tensor([[0.0, 1.0, 2.0, 3.0]]), bits=2, group=4)
+        >>> stored.codes.tolist(), stored.zero.tolist(), stored.step.tolist()
+        ([[228]], [[0]], [[1.0]])
     """
 
     codes: torch.Tensor

@@ -46,7 +46,7 @@ def ntk_frequencies(inv_freq: torch.Tensor, scale: float) -> torch.Tensor:
     pairs = inv_freq.shape[-1]
     _check(scale, 2 * pairs)
     depth = torch.arange(pairs, dtype=torch.float64, device=inv_freq.device) / (pairs - 1)
-    return (inv_freq.double() * scale**-depth).to(inv_freq.dtype)
+    return (inv_freq.double() / scale**depth).to(inv_freq.dtype)
 
 
 def _check(scale: float, dim: int) -> None:
