@@ -124,6 +124,11 @@ def test_the_options_are_frozen() -> None:
             *("--clips", "--device", "--json", "--out", "--resume", "--seed", "--size"),
             *("--threads", "--workers", "-o"),
         ],
+        "tune": [
+            *("--batch", "--device", "--dtype", "--frames", "--json", "--model", "--optimiser"),
+            *("--out", "--random", "--retain", "--samples", "--seed", "--suite", "--trials"),
+            *("-m", "-o", "recipe"),
+        ],
         "world": [
             *("--clips", "--first", "--format", "--fps", "--frames", "--json", "--masks"),
             *("--natural", "--seed", "--size", "--split", "--tasks", "folder"),

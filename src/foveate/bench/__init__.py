@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from foveate.bench.runner import run_bench
     from foveate.bench.stats import Interval, accuracy, difference, wilson
     from foveate.bench.suite import FolderSuite, Item, Suite, WorldSuite, open_suite
+    from foveate.bench.tune_store import TuneResult
+    from foveate.bench.tuning import tune
 
 # Resolved at first use: help texts need neither torch nor transformers.
 _LAZY = {
@@ -29,6 +31,7 @@ _LAZY = {
     "Interval": "foveate.bench.stats",
     "Item": "foveate.bench.suite",
     "Suite": "foveate.bench.suite",
+    "TuneResult": "foveate.bench.tune_store",
     "WorldSuite": "foveate.bench.suite",
     "accuracy": "foveate.bench.stats",
     "difference": "foveate.bench.stats",
@@ -36,6 +39,7 @@ _LAZY = {
     "open_suite": "foveate.bench.suite",
     "read_result": "foveate.bench.results",
     "run_bench": "foveate.bench.runner",
+    "tune": "foveate.bench.tuning",
     "wilson": "foveate.bench.stats",
     "write_report": "foveate.bench.report",
 }
@@ -47,6 +51,7 @@ __all__ = [
     "Interval",
     "Item",
     "Suite",
+    "TuneResult",
     "WorldSuite",
     "accuracy",
     "difference",
@@ -54,6 +59,7 @@ __all__ = [
     "open_suite",
     "read_result",
     "run_bench",
+    "tune",
     "wilson",
     "write_report",
 ]

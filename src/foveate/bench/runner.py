@@ -129,7 +129,7 @@ def run_bench(
     )
     max_new_tokens = max_new_tokens or prompts.longest_answer + LEAD_IN
     settings = {"frames": frames, "seed": seed, "max_new_tokens": max_new_tokens}
-    run = {**_identity(loaded, name, prompts), **settings, "batch": batch}
+    run = {**run_identity(loaded, name, prompts), **settings, "batch": batch}
     with folder:
         planned = [cell.key for cell in cells]
         finished = {cell_key(line) for line in folder.start(run, planned, retry_failed)}
@@ -269,7 +269,7 @@ class Runner:
         return self._timed
 
 
-def _identity(model: nn.Module, name: str, prompts: Prompts) -> dict[str, Any]:
+def run_identity(model: nn.Module, name: str, prompts: Prompts) -> dict[str, Any]:
     """What was run, on what."""
     import transformers
 

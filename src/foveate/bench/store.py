@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, ClassVar
 
 from foveate.core._files import write_text
 
@@ -53,19 +53,24 @@ class RunFolder:
         BlockingIOError: another process writes to it.
     """
 
+    #: The file that says what is run, who writes it, and what must agree for a run to go on.
+    document: ClassVar[str] = "run.json"
+    command: ClassVar[str] = "foveate bench"
+    identity: ClassVar[Mapping[str, str]] = IDENTITY
+
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser()
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"{self.path} is a file; give a folder for the results.")
         if self.path.is_dir() and not self._is_run() and self._foreign():
             raise ValueError(
-                f"{self.path} is not empty and holds no run of foveate bench (no run.json, but "
-                f"{self._foreign()[0]}); give another folder."
+                f"{self.path} is not empty and holds no run of {self.command} (no {self.document}, "
+                f"but {self._foreign()[0]}); give another folder."
             )
         self._lock: IO[str] | None = None
 
     def _is_run(self) -> bool:
-        return (self.path / "run.json").is_file()
+        return (self.path / self.document).is_file()
 
     def _foreign(self) -> list[str]:
         return sorted(p.name for p in self.path.iterdir() if not p.name.startswith("."))
@@ -135,21 +140,23 @@ class RunFolder:
 
     def _write_run(self, document: Mapping[str, Any]) -> None:
         write_text(
-            self.path / "run.json", json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+            self.path / self.document, json.dumps(document, indent=2, ensure_ascii=False) + "\n"
         )
 
     def _compare(self, run: Mapping[str, Any]) -> dict[str, Any]:
-        """What run.json holds, if it is of the same run."""
+        """What the document holds, if it is of the same run."""
         try:
-            old = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+            old = json.loads((self.path / self.document).read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{self.path / 'run.json'} cannot be read: {error}.") from error
         if not isinstance(old, dict) or old.get("version") != VERSION:
-            raise ValueError(f"{self.path / 'run.json'} is not of this version of foveate bench.")
+            raise ValueError(
+                f"{self.path / self.document} is not of this version of {self.command}."
+            )
         mine = json.loads(json.dumps(run))
         differ = [
             f"{name} ({_short(old.get(key))} there, {_short(mine.get(key))} here)"
-            for key, name in IDENTITY.items()
+            for key, name in self.identity.items()
             if old.get(key) != mine.get(key)
         ]
         if differ:
@@ -163,8 +170,8 @@ class RunFolder:
 
     def finish(self, cell: Mapping[str, Any], answers: Iterable[Mapping[str, Any]] = ()) -> None:
         """Add a finished cell and its answers."""
-        _append(self.path / "answers.jsonl", answers)
-        _append(self.path / "cells.jsonl", [cell])
+        append_lines(self.path / "answers.jsonl", answers)
+        append_lines(self.path / "cells.jsonl", [cell])
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -198,7 +205,8 @@ def _parsed(path: Path, data: bytes) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def _append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+def append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Add rows to a JSON-lines file, on the disk when this returns."""
     text = "".join(map(_line, rows))
     if text:
         with path.open("a", encoding="utf-8") as file:

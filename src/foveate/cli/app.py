@@ -23,6 +23,7 @@ from foveate.cli.output import (
     stage_table,
 )
 from foveate.cli.training import train_app
+from foveate.cli.tuning import tune_command
 from foveate.cli.worlding import world_command
 
 app = typer.Typer(
@@ -258,6 +259,7 @@ def ask_command(
 
 
 app.command("bench")(bench_command)
+app.command("tune")(tune_command)
 app.command("world")(world_command)
 app.add_typer(train_app, name="train")
 

@@ -44,15 +44,27 @@ class SearchRange:
 
         Whole numbers have equal shares of it.
         """
-        unit = min(max(unit, 0.0), 1.0)
+        low, high = self._ends()
+        value = low + min(max(unit, 0.0), 1.0) * (high - low)
+        value = math.exp(value) if self.log else value
+        if self.integer:
+            return int(min(max(round(value), self.low), self.high))
+        return min(max(value, self.low), self.high)
+
+    def place(self, value: float) -> float:
+        """Where in the range a value lies, in [0, 1]: the inverse of `at`.
+
+        Example:
+            >>> SearchRange(0, 8).place(2.0), SearchRange(1, 3, integer=True).place(2)
+            (0.25, 0.5)
+        """
+        low, high = self._ends()
+        value = math.log(value) if self.log else value
+        return min(max((value - low) / (high - low), 0.0), 1.0)
+
+    def _ends(self) -> tuple[float, float]:
         low, high = self.low, self.high
         if self.integer:
             # Half a step beyond both ends, so that these are met as often as the others.
             low, high = low - 0.5, high + 0.5
-        if self.log:
-            value = math.exp(math.log(low) + unit * (math.log(high) - math.log(low)))
-        else:
-            value = low + unit * (high - low)
-        if self.integer:
-            return int(min(max(round(value), self.low), self.high))
-        return min(max(value, self.low), self.high)
+        return (math.log(low), math.log(high)) if self.log else (low, high)
