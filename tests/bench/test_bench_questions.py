@@ -2,10 +2,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from foveate.bench import FolderSuite, Item, Suite, WorldSuite, open_suite
+from foveate.checkpoints import frame_side
+from foveate.checkpoints.processors import NoVideo, StackedFrames
 
 
 @pytest.fixture
@@ -153,6 +157,45 @@ def test_the_world_asks_the_same_again() -> None:
         WorldSuite(1, ["flavour"])
     with pytest.raises(ValueError, match="clips must be at least 1"):
         WorldSuite(0)
+
+
+def test_the_world_is_drawn_at_the_models_size() -> None:
+    suite = WorldSuite(1, ["what"], frames=4)
+    sizes = {side: next(iter(suite.sized_for(side))).video.shape for side in (None, 48, 64, 96)}
+    assert sizes == {
+        None: (4, 64, 64, 3),
+        48: (4, 64, 64, 3),  # shapes could not be told apart
+        64: (4, 64, 64, 3),
+        96: (4, 96, 96, 3),
+    }
+    asked = [[(i.id, i.question, i.answer) for i in s] for s in (suite, suite.sized_for(96))]
+    assert asked[0] == asked[1]
+    assert suite.sized_for(96).args == {**suite.args, "size": 96}
+    fixed = WorldSuite(1, size=80)
+    assert fixed.sized_for(96) is fixed
+    own = Suite("mine", [])
+    assert own.sized_for(96) is own
+
+
+@pytest.mark.parametrize(
+    ("settings", "side"),
+    [
+        ({"size": {"height": 384, "width": 384}}, 384),
+        ({"size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224}}, 224),
+        ({"size": {"shortest_edge": 3136, "longest_edge": 12845056}}, None),
+        ({}, None),
+    ],
+)
+def test_the_side_of_a_models_frames(settings: dict[str, Any], side: int | None) -> None:
+    """As processors of transformers say it, and as those that stand in for them do."""
+    theirs = SimpleNamespace(video_processor=SimpleNamespace(**settings))
+    assert frame_side(theirs) == side
+    steps = {"do_resize": True, "do_center_crop": "crop_size" in settings}
+    if "longest_edge" not in settings.get("size", {}):
+        ours = SimpleNamespace(video_processor=StackedFrames({**steps, **settings}))
+        assert frame_side(ours) == side
+    images = SimpleNamespace(video_processor=NoVideo("X"), image_processor=theirs.video_processor)
+    assert frame_side(images) == side
 
 
 def test_a_suite_of_ones_own() -> None:

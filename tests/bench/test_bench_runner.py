@@ -10,9 +10,10 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from foveate import Card, Method, Recipe
-from foveate.bench import BenchResult, Item, Suite, read_result, run_bench
+from foveate.bench import BenchResult, Item, Suite, WorldSuite, read_result, run_bench
 from foveate.bench import inputs as inputs_module
 from foveate.bench import runner as runner_module
 from foveate.bench.generation import Generator
@@ -477,6 +478,46 @@ def test_a_folder_of_another_run_is_refused(
     with pytest.raises(ValueError, match=f"holds a different run: .*{message}"):
         bench(**changes)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_an_exchanged_clip_is_another_run(
+    bench: Callable[..., BenchResult], tmp_path: Path
+) -> None:
+    """Also where its length in bytes is the same; where it lies and when it was written is not."""
+
+    def save(file: Path, seed: int) -> Path:
+        file.parent.mkdir(exist_ok=True)
+        # Pictures without compression: equal sizes, whatever they show.
+        Image.fromarray(clip(seed)[0]).save(file, format="bmp")
+        return file
+
+    def run(file: Path) -> None:
+        bench(suite=Suite("mine", [Item("1", "c", file, QUESTIONS[0], (), "yes", "all")]))
+
+    first = save(tmp_path / "a" / "clip.bmp", 0)
+    run(first)
+    run(save(tmp_path / "b" / "clip.bmp", 0))
+    size = first.stat().st_size
+    assert save(first, 1).stat().st_size == size
+    with pytest.raises(ValueError, match=r"different run: questions \("):
+        run(first)
+
+
+def test_exchanged_frames_are_another_run(bench: Callable[..., BenchResult]) -> None:
+    bench()
+    changed = [Item(**{**item.__dict__, "video": item.video[::-1]}) for item in items()]
+    with pytest.raises(ValueError, match=r"different run: questions \("):
+        bench(suite=Suite("mine", changed))
+
+
+def test_generated_clips_are_told_apart_by_their_arguments(loaded: tuple[Any, Any]) -> None:
+    """The run of a world goes on where other releases of Pillow draw a pixel otherwise."""
+    suite = WorldSuite(1, ["what"], frames=4)
+    prompts = Prompts(*loaded, suite, 4)
+    before = runner_module._digest(prompts)
+    for prompt in prompts.prompts:
+        prompt.item.video[...] += 1
+    assert runner_module._digest(prompts) == before
 
 
 def test_other_weights_and_other_answers_are_another_run(

@@ -207,6 +207,30 @@ def test_a_training_that_was_begun_is_not_begun_again(tmp_path: Path) -> None:
     refused(FileExistsError, "was begun; go on with --resume", folder=tmp_path / "model")
 
 
+def test_a_training_goes_on_with_the_release_that_began_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(Killed):
+        training(tmp_path).run(kill_at("tower", 4))
+    begun = json.loads((tmp_path / "training.json").read_text())
+    assert begun["foveate"] == foveate.__version__
+    monkeypatch.setattr(foveate, "__version__", "7.1.3")
+    for version in ("7.2.3", "8.1.3"):
+        (tmp_path / "training.json").write_text(json.dumps({**begun, "foveate": version}))
+        match = f"begun with foveate {version}, and this is 7.1.3; go on with that version"
+        refused(ValueError, match, folder=tmp_path, resume=True)
+    (tmp_path / "training.json").write_text(json.dumps({**begun, "foveate": "7.1.2"}))
+    going = training(tmp_path, resume=True)
+    with (
+        pytest.warns(UserWarning, match=r"7\.1\.2, and this is 7\.1\.3"),
+        pytest.raises(Killed),
+    ):
+        going.run(kill_at("tower", 6))
+    del begun["foveate"]  # of a release that did not write it
+    (tmp_path / "training.json").write_text(json.dumps(begun))
+    assert going.version_note() is None
+
+
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, resume: bool) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")

@@ -11,6 +11,9 @@ import numpy as np
 
 from foveate.bench.questions import read_questions
 
+#: Pixels below which the shapes of the world cannot be told apart, and what it draws by default.
+SMALLEST = 64
+
 
 @dataclass(frozen=True, eq=False)
 class Item:
@@ -73,6 +76,13 @@ class Suite:
     def __iter__(self) -> Iterator[Item]:
         return iter(self._items() if callable(self._items) else self._items)
 
+    def sized_for(self, side: int | None) -> Suite:
+        """The suite for a model that sees square frames of `side` pixels; None: of any size.
+
+        Only suites that draw their own clips have a choice; the others are returned as they are.
+        """
+        return self
+
     def __repr__(self) -> str:
         return f"<suite {self.name} {self.args}>"
 
@@ -87,7 +97,7 @@ class WorldSuite(Suite):
         clips: clips, the first of the split.
         tasks: only questions of these tasks; None: all.
         frames: frames of every clip.
-        size: pixels of the square frames; None: what the world renders.
+        size: pixels of the square frames; None: what the model sees, at least 64 (`sized_for`).
         seed: of the world.
         split: "test" holds clips that no training has seen.
 
@@ -111,6 +121,14 @@ class WorldSuite(Suite):
             raise ValueError(f"clips must be at least 1, got {clips}.")
         chosen = _checked_tasks(tasks, tuple(TASKS))
         self.clips = clips
+        self._options: dict[str, Any] = {
+            "clips": clips,
+            "tasks": chosen,
+            "frames": frames,
+            "size": size,
+            "seed": seed,
+            "split": split,
+        }
         self._world: dict[str, Any] = {"seed": seed, "split": split, "frames": frames}
         if size is not None:
             self._world["size"] = size
@@ -118,6 +136,17 @@ class WorldSuite(Suite):
             self._world["tasks"] = chosen
         args = {**self._world, "clips": clips, "tasks": chosen and list(chosen)}
         super().__init__("world", self._render, args=args)
+
+    def sized_for(self, side: int | None) -> WorldSuite:
+        """The same questions about clips drawn at the model's own size, if none was asked for.
+
+        A clip that is drawn large and made small afterwards is blurred, and one that is drawn small
+        and enlarged has no more detail than before. Smaller than 64 pixels nothing is drawn: the
+        shapes could not be told apart.
+        """
+        if self._options["size"] is not None or side is None or side <= SMALLEST:
+            return self
+        return WorldSuite(**{**self._options, "size": side})
 
     def _render(self) -> Iterator[Item]:
         from foveate.world import World

@@ -2,7 +2,7 @@
 
 from foveate.checkpoints.chats import Chat, prepare, prepare_chats, read_chat
 from foveate.checkpoints.loading import EMBEDDED, embedded, embedded_folder, load_model
-from foveate.checkpoints.processors import load_processor
+from foveate.checkpoints.processors import frame_side, load_processor
 from foveate.checkpoints.sources import open_clip, sample_frames
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "Chat",
     "embedded",
     "embedded_folder",
+    "frame_side",
     "load_model",
     "load_processor",
     "open_clip",

@@ -227,6 +227,31 @@ def sees_whole_frames(processor: Any) -> bool:
     return isinstance(stand_in, PackedFrames)
 
 
+def frame_side(processor: Any) -> int | None:
+    """Pixels of the square that a video's frames become; None where it depends on the frames.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> size = {"height": 384, "width": 384}
+        >>> frame_side(SimpleNamespace(video_processor=SimpleNamespace(size=size)))
+        384
+    """
+    source = getattr(processor, "video_processor", None)
+    if isinstance(source, NoVideo | None):
+        source = getattr(processor, "image_processor", None)
+    settings = getattr(source, "transform", source)
+    names = ["crop_size", "size"] if getattr(settings, "do_center_crop", True) else ["size"]
+    for name in names:
+        found = getattr(settings, name, None)
+        if isinstance(found, int):
+            return found
+        if found is not None and not isinstance(found, tuple):  # a mapping, or what acts as one
+            found = [dict(found).get(side) for side in ("height", "width")]
+        if found is not None and None not in found:
+            return min(found)
+    return None
+
+
 def _flat(videos: Any) -> list[Tensor]:
     """Videos as a flat list of uint8 [T, 3, H, W], however the processor nested them."""
     if isinstance(videos, Tensor):

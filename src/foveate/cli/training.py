@@ -88,6 +88,8 @@ def embedded_command(
         clips=clips,
         resume=resume,
     )
+    if resume and (note := training.version_note()):
+        print(f"warning: {note}", file=sys.stderr)
     began = time.perf_counter()
     try:
         with cpu_settings(threads), stages(not as_json) as tell:

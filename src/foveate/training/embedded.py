@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -94,7 +95,8 @@ class EmbeddedTraining:
         Raises:
             FileExistsError: the folder holds a finished model, or a training and `resume` is off,
                 or something else.
-            ValueError: `resume` with other settings than those the folder was begun with.
+            ValueError: `resume` with other settings, or another release (0.1, 0.2), than those the
+                folder was begun with; another patch (0.1.0, 0.1.1) gives a warning.
             TrainingError: the loss or a gradient is not finite.
             MissingDependencyError: the size needs natural pictures, and `foveate[demo]` is missing.
         """
@@ -137,7 +139,11 @@ class EmbeddedTraining:
                     f"{self.folder} holds a training that was begun; go on with --resume "
                     "(resume=True), or name another folder."
                 )
-            if differing := _differing(json.loads(file.read_text()), settings):
+            begun = json.loads(file.read_text())
+            if note := self.version_note():
+                warnings.warn(note, stacklevel=3)
+            begun.pop("foveate", None)
+            if differing := _differing(begun, settings):
                 raise ValueError(
                     f"{self.folder} was begun with other settings: {differing}; go on with those, "
                     "or name another folder."
@@ -147,8 +153,28 @@ class EmbeddedTraining:
             raise FileExistsError(f"{self.folder} is not empty; name a new folder.")
         self.folder.mkdir(parents=True, exist_ok=True)
         draft = file.with_suffix(".tmp")
-        draft.write_text(json.dumps(settings, indent=1) + "\n")
+        begun = {"foveate": foveate.__version__, **settings}
+        draft.write_text(json.dumps(begun, indent=1) + "\n")
         os.replace(draft, file)  # noqa: PTH105
+
+    def version_note(self) -> str | None:
+        """What to know about going on with a training that another patch of foveate began.
+
+        A patch changes neither data nor losses on purpose, so that the training goes on with this
+        warning. Trainings that do not say who began them are taken on trust.
+
+        Raises:
+            ValueError: another release began it (0.1, 0.2), where both may differ.
+        """
+        file = self.folder / _STATE
+        now = foveate.__version__
+        begun = json.loads(file.read_text()).get("foveate", now) if file.exists() else now
+        if begun == now:
+            return None
+        found = f"{self.folder} was begun with foveate {begun}, and this is {now}"
+        if begun.split(".")[:2] != now.split(".")[:2]:
+            raise ValueError(f"{found}; go on with that version, or name another folder.")
+        return f"{found}: the weights may differ from those of either alone."
 
     def _finish(self, model: Any, card: dict[str, Any]) -> None:
         """Write the model and its card, the weights last: where they are, everything is."""
