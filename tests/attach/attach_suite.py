@@ -151,12 +151,14 @@ def spied(model: nn.Module) -> Iterator[dict[str, Any]]:
         handle.remove()
 
 
-def same_steps(together: Any, row: int, alone: Any, alone_row: int = 0) -> None:
+def same_steps(
+    together: Any, row: int, alone: Any, alone_row: int = 0, atol: float = TOLERANCE
+) -> None:
     """One row of a batch's generation equals that sample's own."""
     num = len(alone.logits)
     assert together.sequences[row, -num:].tolist() == alone.sequences[alone_row, -num:].tolist()
     for ours, theirs in zip(together.logits, alone.logits, strict=True):
-        torch.testing.assert_close(ours[row], theirs[alone_row], atol=TOLERANCE, rtol=0)
+        torch.testing.assert_close(ours[row], theirs[alone_row], atol=atol, rtol=0)
 
 
 def snapshot(model: nn.Module) -> dict[str, dict]:
