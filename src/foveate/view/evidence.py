@@ -39,7 +39,7 @@ def patch_index(grid: Grid, planes: Iterable[int]) -> np.ndarray:
 
 
 def value_range(value: np.ndarray) -> tuple[float, float]:
-    """What is drawn darkest and brightest: all of a few values, the 1st and 99th percentile of many.
+    """What is drawn darkest and brightest: the 1st and 99th percentile, of few values the extremes.
 
     Example:
         >>> value_range(np.array([3.0, np.nan, 1.0]))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
 from foveate._wording import count, plural
 from foveate.core.report import ItemReport, Report
-from foveate.core.evidence import Evidence
 from foveate.view.draw import item_pictures, plane_label
 from foveate.view.evidence import evidence_layers, evidence_tools
 from foveate.view.layout import ItemView, view_item
@@ -97,14 +97,7 @@ def _axis(view: ItemView, number: int) -> str:
             f'style="left:{left:.3f}%;width:{width:.3f}%" aria-label="{label}" title="{label}">'
             f'<i style="height:{max(100 * entry.num_tokens / most, 1.5):.1f}%"></i></a>'
         )
-    for index, (first, last) in enumerate(view.segments):
-        left = 100 * (edges[first] - starts[0]) / span
-        width = 100 * (edges[last + 1] - edges[first]) / span
-        label = f"{view.segment_name} {index + 1}: {plane_label(view, first)} to {plane_label(view, last)}"
-        parts.append(
-            f'<span class="seg {"ab"[index % 2]}" title="{label}" '
-            f'style="left:{left:.3f}%;width:calc({width:.3f}% - 2px)"></span>'
-        )
+    parts.append(_runs(view, view.segments, view.segment_name))
     for plane in sorted({0, len(starts) // 4, len(starts) // 2, 3 * len(starts) // 4}):
         left = 100 * (starts[plane] - starts[0]) / span
         parts.append(_time(left, plane_label(view, plane), "" if plane else " first"))
@@ -116,26 +109,31 @@ def _axis(view: ItemView, number: int) -> str:
     )
 
 
-def _bands(item: ItemReport, view: ItemView) -> str:
-    """Further runs of frames that methods noted, below the time line, which has the first."""
-    runs = [noted for noted in item.evidence if noted.kind == "frames"]
-    return "".join(_band(noted, view) for noted in runs[1:] if len(view.planes) > 1)
-
-
-def _band(noted: Evidence, view: ItemView) -> str:
+def _runs(view: ItemView, runs: Sequence[tuple[int, int]], name: str) -> str:
+    """Runs of frames as bars along the time line."""
     starts, end = _spans(view)
     edges, span = [*starts, end], (end - starts[0]) or 1.0
     parts = []
-    for index, (first, last) in enumerate(noted.value):
+    for index, (first, last) in enumerate(runs):
         left = 100 * (edges[first] - starts[0]) / span
         width = 100 * (edges[last + 1] - edges[first]) / span
-        label = f"{noted.name} {index + 1}: {plane_label(view, first)} to {plane_label(view, last)}"
+        label = f"{name} {index + 1}: {plane_label(view, first)} to {plane_label(view, last)}"
         parts.append(
             f'<span class="seg {"ab"[index % 2]}" title="{escape(label, quote=True)}" '
             f'style="left:{left:.3f}%;width:calc({width:.3f}% - 2px)"></span>'
         )
-    name = escape(f"{noted.method}: {noted.name}")
-    return f'<div class="band"><p>{name}</p><div class="runs">{"".join(parts)}</div></div>'
+    return "".join(parts)
+
+
+def _bands(item: ItemReport, view: ItemView) -> str:
+    """Further runs of frames that methods noted, below the time line, which has the first."""
+    noted = [entry for entry in item.evidence if entry.kind == "frames"]
+    return "".join(
+        f'<div class="band"><p>{escape(f"{entry.method}: {entry.name}")}</p>'
+        f'<div class="runs">{_runs(view, entry.value, entry.name)}</div></div>'
+        for entry in noted[1:]
+        if len(view.planes) > 1
+    )
 
 
 def _time(left: float, text: str, style: str = "") -> str:
@@ -173,7 +171,8 @@ def _depth(view: ItemView, number: int) -> str:
     return (
         f'<div class="depth"><label for="depth{number}">inside the decoder</label>'
         f'<input type="range" id="depth{number}" min="0" max="{len(view.alive)}" value="0" '
-        f'data-labels="{data}" data-layers="{layers}"><output for="depth{number}">{escape(labels[0])}</output></div>'
+        f'data-labels="{data}" data-layers="{layers}">'
+        f'<output for="depth{number}">{escape(labels[0])}</output></div>'
     )
 
 
@@ -189,8 +188,9 @@ def _card(view: ItemView, plane: int, thumb: Thumbnail, number: int) -> str:
     return (
         f'<figure class="frame" id="f{number}-{plane}">'
         f'<span class="strip {_segment_style(view, plane)}"></span>'
-        f'<div class="view" tabindex="0" role="img" aria-label="{words}" data-when="{when}" data-plane="{plane}" '
-        f'data-first="{entry.first}" data-rows="{rows}" data-columns="{columns}" '
+        f'<div class="view" tabindex="0" role="img" aria-label="{words}" data-when="{when}" '
+        f'data-plane="{plane}" data-first="{entry.first}" '
+        f'data-rows="{rows}" data-columns="{columns}" '
         f'style="aspect-ratio:{thumb.width}/{thumb.height}">{photo}'
         f'<img class="overlay" src="{thumb.overlay}" alt="" decoding="sync"></div>'
         f"<figcaption><b>{when}</b><span>{plural(entry.num_tokens, 'token')}</span></figcaption>"
