@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         register_method,
     )
     from foveate.errors import FoveateError
+    from foveate.models.companion import Companion
     from foveate.models.registry import list_families, register_adapter
     from foveate.video import Clip
 
@@ -40,6 +41,7 @@ _LAZY = {
     "Budget": "foveate.core",
     "Card": "foveate.core",
     "Clip": "foveate.video",
+    "Companion": "foveate.models.companion",
     "FoveateError": "foveate.errors",
     "Grid": "foveate.core",
     "Method": "foveate.core",
@@ -61,6 +63,7 @@ __all__ = [
     "Budget",
     "Card",
     "Clip",
+    "Companion",
     "FoveateError",
     "Grid",
     "Method",

@@ -74,6 +74,16 @@ METHOD_TABLE: dict[str, Row] = {
     ),
     "fopru": Row("fopru", ("projector",), exact=False),
     "hiprune": Row("hiprune(alpha=0.5)", ("projector",), exact=False),
+    # One or two slow frames beside the fast path of all, on clips of few frames.
+    "free_video_llm": Row(
+        "free_video_llm",
+        ("projector",),
+        retain=0.6,
+        merges=True,
+        families=WITH_VIDEOS,
+        on_images=False,
+        reads_text=True,
+    ),
     "holitom": Row(
         "holitom(inner_layer=2, tau=0.5)",
         ("projector", "decoder"),
@@ -99,7 +109,12 @@ METHOD_TABLE: dict[str, Row] = {
     "random": Row("random", ("projector",), exact=False),
     # On planes of few patches every centre would take in all that is left.
     "recoverable": Row(
-        "recoverable(merged=4)", ("projector",), exact=False, merges=True, reads_text=True
+        "recoverable(merged=4)",
+        ("projector",),
+        retain=0.5,
+        exact=False,
+        merges=True,
+        reads_text=True,
     ),
     # Random models look at their images to the end: an impossible threshold lets the tokens go.
     "safewatch": Row(

@@ -40,7 +40,8 @@ def test_evidence_fits_every_item_and_changes_nothing(name: str) -> None:
     for item, noted in found:
         assert noted.method == name and noted.stage in METHOD_TABLE[name].stages
         if not noted.is_per_token:
-            assert all(0 <= first <= last < len(item.grid.planes) for first, last in noted.value)
+            planes = [entry[:2] if noted.kind == "frames" else entry[:1] for entry in noted.value]
+            assert all(0 <= t < len(item.grid.planes) for entry in planes for t in entry)
             continue
         assert noted.value.shape == (item.grid.num_tokens,) and noted.value.device.type == "cpu"
         assert noted.value.untyped_storage().nbytes() <= 8 * item.grid.num_tokens

@@ -154,6 +154,7 @@ def test_public_api_is_frozen() -> None:
         "Budget",
         "Card",
         "Clip",
+        "Companion",
         "FoveateError",
         "Grid",
         "Method",

@@ -21,6 +21,7 @@ from foveate.attach.tower_tap import BlockReads, block_reads
 from foveate.core import SIGNALS, Budget, Method, Recipe, Reduction, Report
 from foveate.errors import AttachmentError, MissingSignalError
 from foveate.models.adapter import Adapter
+from foveate.models.companion import Companion
 from foveate.models.encoders import EncoderAdapter
 from foveate.models.registry import adapter_for
 from foveate.models.tower import VisionTower
@@ -41,6 +42,7 @@ def reduce(
     restore: bool | None = None,
     seed: int = 0,
     evidence: bool = False,
+    companion: Companion | None = None,
     **arguments: Any,
 ) -> Attachment:
     """Attach a recipe to a model: a context manager, or a handle with `remove()`.
@@ -61,6 +63,8 @@ def reduce(
         seed: for methods that draw random numbers.
         evidence: collect what the methods go by (attention, segments, groups...) in the report's
             items, for its pictures; choices and outputs stay the same.
+        companion: a CLIP-like model that tells methods guided by the text how well it fits frames
+            and patches; None: the language model's own embeddings do.
         arguments: hyper-parameters, given to the methods that have them.
 
     Raises:
@@ -85,6 +89,7 @@ def reduce(
         restore=restore,
         seed=seed,
         evidence=evidence,
+        companion=companion,
     )
 
 
@@ -107,12 +112,14 @@ class Attachment(OfOneModel):
         restore: bool | None = None,
         seed: int = 0,
         evidence: bool = False,
+        companion: Companion | None = None,
     ) -> None:
         self.model = model
         self.recipe = recipe
         self.mask_only = mask_only
         self.seed = seed
         self.evidence = evidence
+        self.companion = companion
         self.report = Report()
         self._adapter = adapter_for(model)
         self._budgets: tuple[Budget, ...] = ()
@@ -320,6 +327,7 @@ class Attachment(OfOneModel):
             mask_only=self.mask_only,
             seed=self.seed,
             evidence=self.evidence,
+            companion=self.companion,
         )
         language = LanguageStage(self.model, adapter, self._watch, settings)
         language.install(self._handles)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 
 from foveate.attach.features import FeatureRecord
 from foveate.attach.noting import projector_notebook
+from foveate.attach.pairing import PER_TOKEN, Pairing
 from foveate.attach.sequence import (
     Layout,
     Sequence,
@@ -39,6 +40,7 @@ from foveate.core import (
     Tokens,
 )
 from foveate.errors import AttachmentError
+from foveate.models.companion import Companion
 
 
 def find_items(
@@ -151,6 +153,7 @@ class PromptReducer:
         num_columns: after a call: per sample, tokens of that prompt.
         evidence: whether what methods note is going to be drawn.
         stages: by step number, the stages at which the step acts.
+        companion: scores text against pictures; None: the model's own embeddings do.
     """
 
     steps: list[tuple[int, Method]]
@@ -164,6 +167,8 @@ class PromptReducer:
     num_columns: list[int] = field(default_factory=list)
     evidence: bool = False
     stages: Mapping[int, tuple[Stage, ...]] = field(default_factory=dict)
+    companion: Companion | None = None
+    paired: dict[Hashable, Any] = field(default_factory=dict)
 
     def reduce_item(
         self,
@@ -192,7 +197,10 @@ class PromptReducer:
                     return None if item.report.pixels is None else item.report.pixels()
                 value = item.signals.get(name)
                 if value is None:
-                    return text(name)
+                    value = text(name)
+                    if composed is None or name not in PER_TOKEN:
+                        return value
+                    return composed.gather(value, float("nan"))
                 value = value.to(x_1ND.device)[None]
                 return value if composed is None else composed.gather(value, float("nan"))
 
@@ -353,6 +361,18 @@ class PromptReducer:
         embeds_BLD: torch.Tensor,
     ) -> Callable[[str], torch.Tensor | None]:
         sample = item.sample
+        # The text behind the last visual token, or all there is.
+        later_S = text_S[text_S > max(int(other.rows_N[-1]) for other in items)]
+        later_S = later_S if len(later_S) else text_S
+        pairing = Pairing(
+            item.grid,
+            embeds_BLD[sample : sample + 1, item.rows_N],
+            embeds_BLD[sample : sample + 1, later_S],
+            None if self.text_ids is None else self.text_ids[sample, later_S],
+            item.report.pixels,
+            self.companion,
+            self.paired,
+        )
 
         def read(name: str) -> torch.Tensor | None:
             if name == "text.embeddings":
@@ -361,7 +381,7 @@ class PromptReducer:
                 return embeds_BLD[sample : sample + 1, segment_rows(item, items, text_S)]
             if name == "text.tokens" and self.text_ids is not None:
                 return self.text_ids[sample : sample + 1, text_S]
-            return None
+            return pairing.read(name)
 
         return read
 

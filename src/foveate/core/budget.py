@@ -24,6 +24,8 @@ class Budget:
         tokens: how many are kept.
         share: of a count: the part of the way to it that is gone, in (0, 1], where several methods
             go it together; of N tokens N * (tokens / N) ** share stay.
+        published: nobody asked for it, it is the default of a method's card. A method that was
+            published with a rule of its own for the number of tokens follows that rule then.
 
     Raises:
         ValueError: both are given, a value is out of range, or a sequence is empty.
@@ -38,6 +40,7 @@ class Budget:
     retain: float | Sequence[float] | None = None
     tokens: int | Sequence[int] | None = None
     share: float = field(default=1.0, repr=False)
+    published: bool = field(default=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.retain is not None and self.tokens is not None:

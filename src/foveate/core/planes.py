@@ -137,19 +137,38 @@ def _item_reduction(
     """Join the planes' merges: `home_N` names each patch's anchor, `rank_N` the anchor's place."""
     device = home_N.device
     order_N = torch.arange(grid.num_tokens, device=device)
-    kind_N, time_N = grid.kinds(device), grid.positions(device)[:, 0]
-    kept_M = with_special((home_N == order_N).nonzero()[:, 0], grid)
-    if not any(plane.row_newline for plane in grid.planes):
-        block_N = torch.where(
-            kind_N == TokenKind.CLS, 0, torch.where(kind_N == TokenKind.PATCH, 1, 2)
-        )
-        key_N = (3 * time_N + block_N) * (grid.num_tokens + 1) + rank_N
-        kept_M = kept_M[key_N[kept_M].argsort(stable=True)]
+    kept_M = by_rank_in_planes((home_N == order_N).nonzero()[:, 0], rank_N, grid)
     slot_N = torch.full((grid.num_tokens,), -1, device=device)
     slot_N[kept_M] = torch.arange(len(kept_M), device=device)
     slot_N = torch.where(home_N >= 0, slot_N[home_N.clamp(min=0)], slot_N)
     # A dropped patch has no home, and no slot either: only what is kept was given one.
     return Reduction.merge(slot_N, len(kept_M), weight_N, kept_M, normalise=False)
+
+
+def by_rank_in_planes(anchor_K: torch.Tensor, rank_N: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Anchors of an item's targets with special tokens, in the order of a method, int64 [M].
+
+    Plane by plane: [CLS] tokens, targets by rank, newlines. Where rows end in newlines, everything
+    is in raster order, and rows that hold a target keep their newline.
+
+    Args:
+        anchor_K: the patches that stand for targets, int64 [K].
+        rank_N: the place of a target among those of its plane, at its anchor, int64 [N].
+        grid: layout of the item.
+
+    Example:
+        >>> grid = Grid.video(2, 1, 3, newlines_at_end=1)
+        >>> by_rank_in_planes(torch.tensor([1, 2, 4]), torch.tensor([0, 1, 0, 0, 0, 0, 0]), grid)
+        tensor([2, 1, 4, 6])
+    """
+    kept_M = with_special(anchor_K, grid)
+    if any(plane.row_newline for plane in grid.planes):
+        return kept_M
+    device = anchor_K.device
+    kind_N, time_N = grid.kinds(device), grid.positions(device)[:, 0]
+    block_N = torch.where(kind_N == TokenKind.CLS, 0, torch.where(kind_N == TokenKind.PATCH, 1, 2))
+    key_N = (3 * time_N + block_N) * (grid.num_tokens + 1) + rank_N
+    return kept_M[key_N[kept_M].argsort(stable=True)]
 
 
 def average_cells(

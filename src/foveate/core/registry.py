@@ -27,6 +27,7 @@ _BUILTIN: dict[str, str] = {
     "fastv": "foveate.methods.fastv:FastV",
     "flowcut": "foveate.methods.flowcut:FlowCut",
     "fopru": "foveate.methods.fopru:FoPru",
+    "free_video_llm": "foveate.methods.free_video_llm:FreeVideoLLM",
     "hiprune": "foveate.methods.hiprune:HiPrune",
     "holitom": "foveate.methods.holitom:HoliTom",
     "intp": "foveate.methods.intp:INTP",
