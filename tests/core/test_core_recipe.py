@@ -346,6 +346,9 @@ class TestConflicts:
             ("video_xl2 + quickvideo", "quickvideo would reduce what is reduced"),
             ("quickvideo + video_xl2", "quickvideo would reduce what is reduced"),
             ("fastv + video_xl2", "changes what layers see or hold"),
+            ("flowcut + hiprune", "hiprune reads the frames"),
+            ("flowcut@encoder + hiprune", "would find no attention of its blocks for them"),
+            ("holitom + flowcut@encoder", "no encoder.received_attention for them"),
             ("safewatch@cache + quickvideo", "safewatch chooses once for the caches"),
             ("quickvideo + safewatch@cache", "safewatch chooses once for the caches"),
         ],
@@ -363,6 +366,7 @@ class TestConflicts:
             "dycoke@projector + quickvideo",
             "divprune + video_xl2",
             "todre@projector + vista_llama",
+            "flowcut@encoder + divprune",
         ],
     )
     def test_what_goes_together(self, text: str) -> None:

@@ -1,27 +1,31 @@
-"""Method cards as rows and as data."""
+"""Method cards and named recipes as rows and as data."""
 
 from __future__ import annotations
 
+from fnmatch import fnmatch
 from typing import Any, get_args
 
 from rich.markup import escape
 from rich.table import Table
 
-from foveate.core import get_method, list_methods
+from foveate.core import PRESETS, get_method, list_methods
 from foveate.core.card import STAGES, Card, Kind
+
+#: The kind of a named recipe, beside those of methods.
+RECIPE = "recipe"
 
 
 def cards(
     pattern: str, stage: str | None, kind: str | None
 ) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
-    """The cards that match, as plain data, and the methods that cannot be imported.
+    """What matches, as plain data: methods, then named recipes; and methods that cannot be imported.
 
     Raises:
         ValueError: there is no such stage or kind.
     """
     if stage is not None and stage not in STAGES:
         raise ValueError(f"unknown stage {stage!r}; stages are {', '.join(STAGES)}.")
-    kinds = get_args(Kind)
+    kinds = (*get_args(Kind), RECIPE)
     if kind is not None and kind not in kinds:
         raise ValueError(f"unknown kind {kind!r}; kinds are {', '.join(kinds)}.")
     found, broken = [], []
@@ -33,6 +37,20 @@ def cards(
             continue
         if (stage is None or stage in card.stages) and kind in (None, card.kind):
             found.append(_as_dict(card))
+    for name, preset in PRESETS.items():
+        stages = preset.recipe.stages
+        if fnmatch(name, pattern) and kind in (None, RECIPE) and stage in (None, *stages):
+            found.append(
+                {
+                    "name": name,
+                    "kind": RECIPE,
+                    "stages": list(stages),
+                    "arxiv": "",
+                    "summary": f"{preset.summary} {preset.text}.",
+                    "recipe": preset.text,
+                    "positions": preset.positions,
+                }
+            )
     return found, broken
 
 

@@ -26,6 +26,7 @@ from foveate.core.planes import (
     merge_by_plane,
     take_planes,
 )
+from foveate.core.presets import PRESETS, Preset
 from foveate.core.recipe import Recipe
 from foveate.core.reduction import Reduction
 from foveate.core.registry import METHODS, get_method, list_methods, register_method
@@ -39,6 +40,7 @@ from foveate.core.tokens import Tokens
 
 __all__ = [
     "METHODS",
+    "PRESETS",
     "SIGNALS",
     "STAGES",
     "AttentionRule",
@@ -66,6 +68,7 @@ __all__ = [
     "PatchSelector",
     "Plane",
     "PlaneSelector",
+    "Preset",
     "ProjectorContext",
     "Recipe",
     "Reduction",

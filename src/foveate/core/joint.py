@@ -7,7 +7,7 @@ from itertools import combinations
 
 from foveate.core.budget import Budget
 from foveate.core.card import STAGES, Stage
-from foveate.core.method import Method, overrides
+from foveate.core.method import overrides
 from foveate.core.step import Step
 from foveate.errors import RecipeError
 
@@ -155,7 +155,7 @@ def _both_renumber(one: Step, other: Step) -> str | None:
 
 
 def _parks_and_renumbers(one: Step, other: Step) -> str | None:
-    parks = type(one.method).return_layers is not Method.return_layers
+    parks = overrides(one.method, "return_layers")
     if _both_at("decoder", one, other) and parks and other.method.renumbers:
         return (
             f"{one.method.name} brings tokens back to the positions they had, and "
@@ -175,7 +175,7 @@ def _one_choice(one: Step, other: Step) -> str | None:
 
 
 def _reads_in_blocks(one: Step, other: Step) -> str | None:
-    if "cache" not in one.stages or type(one.method).prefill is Method.prefill:
+    if "cache" not in one.stages or not overrides(one.method, "prefill"):
         return None
     if _reduces_at("cache", other):
         return (
@@ -211,6 +211,25 @@ def _reduces_at(stage: Stage, step: Step) -> bool:
     return stage in step.stages and stage in step.method.reducing_stages()
 
 
+def _dropped_patches(one: Step, other: Step) -> str | None:
+    if "encoder" not in one.stages or not one.method.encoder_drops:
+        return None
+    named = [need for needs in other.method.needs for need in _names(needs)]
+    maps = [name for name in named if name.startswith("encoder.") and name != "encoder.pixels"]
+    if maps or ("projector" in other.stages and overrides(other.method, "encoder_layers")):
+        what = maps[0] if maps else "attention of its blocks"
+        return (
+            f"{one.method.name} drops patches inside the encoder, so {other.method.name} would "
+            f"find no {what} for them. Use one of the two, or one that reads tokens alone "
+            "(divprune)."
+        )
+    return None
+
+
+def _names(need: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (need,) if isinstance(need, str) else need
+
+
 def _both_at(stage: Stage, one: Step, other: Step) -> bool:
     return stage in one.stages and stage in other.stages
 
@@ -218,5 +237,10 @@ def _both_at(stage: Stage, one: Step, other: Step) -> bool:
 _Rule = Callable[[Step, Step], str | None]
 #: Rules of a pair in the order of the recipe, and of a pair whichever comes first.
 _ORDERED: tuple[_Rule, ...] = (_reads_layout, _both_renumber, _both_stretch, _both_store)
-_SYMMETRIC: tuple[_Rule, ...] = (_parks_and_renumbers, _reads_in_blocks, _one_choice)
+_SYMMETRIC: tuple[_Rule, ...] = (
+    _dropped_patches,
+    _parks_and_renumbers,
+    _reads_in_blocks,
+    _one_choice,
+)
 _RULES = _ORDERED + _SYMMETRIC

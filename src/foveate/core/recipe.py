@@ -11,10 +11,11 @@ from typing import Any, Literal
 
 from foveate.core._files import write_text
 from foveate.core.budget import Budget
-from foveate.core.card import Stage
+from foveate.core.card import STAGES, Stage
 from foveate.core.grid import Grid
 from foveate.core.joint import joint_budgets, refuse_conflicts
 from foveate.core.method import Count, Method
+from foveate.core.presets import PRESETS
 from foveate.core.step import (
     Step,
     fields_of,
@@ -106,11 +107,22 @@ class Recipe:
     def parse(cls, text: str) -> Recipe:
         """Read "name(argument=value, retain=0.5)@stage + name": arguments and stages are optional.
 
+        A name may also be that of a whole recipe, one of `PRESETS`; its positions come with it.
+
         Raises:
             RecipeError: the text is malformed, or a method does not act at the stage.
             UnknownMethodError: no method has that name.
         """
-        return cls(tuple(parse_term(term) for term in split_terms(text)))
+        steps: list[Step] = []
+        positions: Positions = "auto"
+        for term in split_terms(text):
+            preset = PRESETS.get(term.strip())
+            if preset is None:
+                steps.append(parse_term(term))
+            else:
+                steps += cls.parse(preset.text).steps
+                positions = preset.positions
+        return cls(tuple(steps), positions)
 
     def with_arguments(self, **arguments: Any) -> Recipe:
         """A copy with hyper-parameters set on every method that has them.
@@ -205,6 +217,11 @@ class Recipe:
         return cls.from_json(text)
 
     # -- budgets --------------------------------------------------------------------------------
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages at which anything happens, in the order of data flow."""
+        return tuple(stage for stage in STAGES if self.at(stage))
 
     def at(self, stage: Stage) -> list[int]:
         """Indices of the steps that act at `stage`, in order."""

@@ -13,6 +13,7 @@ from typing import get_args
 
 from foveate.core.card import STAGES, Card, Kind, Stage, check_name
 from foveate.core.method import Method
+from foveate.core.presets import PRESETS
 from foveate.errors import FoveateError, UnknownMethodError
 
 ENTRY_POINT_GROUP = "foveate.methods"
@@ -71,6 +72,8 @@ def register_method(name: str, target: str | type[Method], clobber: bool = False
         ValueError: the name is malformed or taken, or the target is no complete method.
     """
     check_name(name)
+    if name in PRESETS:
+        raise ValueError(f"{name!r} is the name of a recipe ({PRESETS[name].text}).")
     if isinstance(target, str):
         module, _, attribute = target.partition(":")
         if not module or not attribute:

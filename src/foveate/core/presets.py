@@ -1,0 +1,42 @@
+"""Recipes with names of their own: combinations found by a recorded search."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from foveate.core.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named recipe; the name stands wherever a recipe can.
+
+    Attributes:
+        text: the recipe.
+        positions: how a shortened prompt is numbered.
+        summary: what it is for, in one sentence.
+
+    Example:
+        >>> from foveate.core import Recipe
+        >>> name, preset = next(iter(PRESETS.items()))
+        >>> Recipe.parse(name) == preset.recipe
+        True
+    """
+
+    text: str
+    positions: Literal["auto", "compact", "original"]
+    summary: str
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe itself."""
+        from foveate.core.recipe import Recipe
+
+        return Recipe(Recipe.parse(self.text).steps, self.positions)
+
+
+#: Name -> recipe. What each is worth, and the search: docs/combined-recipes.md.
+PRESETS: Mapping[str, Preset] = {}
