@@ -211,7 +211,8 @@ class QuantisedLayer(ReducedLayer):
                 new = tuple(_joined(old, more, known) for old, more in pairs)
             self.packed = new[0], new[1]
             self._packed_B = torch.full(whole[0].shape[:1], stored, device=whole[0].device)
-        stored = max(stored, 0)
+        else:
+            stored, self.packed, self._packed_B = 0, None, None
         self._waiting = length - stored
         # Copies: a slice would keep the whole alive.
         return whole[0][:, :, stored:].clone(), whole[1][:, :, stored:].clone()

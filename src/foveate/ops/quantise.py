@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-#: Steps are powers of two to this fraction, so that one byte holds them.
-_PER_OCTAVE = 8
 _INT8 = 127
+#: The steps that one byte can name: eight to a factor of two. A table, and not exp2, so that every
+#: device and every shape has the same bits.
+_STEPS = tuple(2.0 ** (exponent / 8) for exponent in range(-128, 128))
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +76,7 @@ class Quantised:
     @property
     def step(self) -> torch.Tensor:
         """The distance between two codes, float32, per group."""
-        return torch.exp2(self.exponent.float() / _PER_OCTAVE)
+        return _steps(self.exponent.device)[self.exponent.int() + 128]
 
 
 def quantise(x: torch.Tensor, *, bits: int = 2, group: int = 64, dim: int = -1) -> Quantised:
@@ -112,14 +113,19 @@ def quantise(x: torch.Tensor, *, bits: int = 2, group: int = 64, dim: int = -1) 
     grouped = x.detach().float().unflatten(dim, (-1, group))
     low, high = grouped.amin(within), grouped.amax(within)
     wanted = torch.maximum((high - low) / levels, low.abs() / _INT8)
-    exponent = (_PER_OCTAVE * wanted.log2()).ceil().clamp(-128, 127)
-    step = torch.exp2(exponent / _PER_OCTAVE)
+    table = _steps(x.device)
+    place = torch.searchsorted(table, wanted.contiguous()).clamp(max=len(_STEPS) - 1)
+    step, exponent = table[place], place - 128
     zero = (low / step).round().clamp(-_INT8, _INT8)
     codes = (grouped / step.unsqueeze(within)).round() - zero.unsqueeze(within)
     codes = codes.clamp(0, levels).to(torch.uint8).flatten(dim - 1, dim)
     return Quantised(
         _packed(codes, bits), zero.to(torch.int8), exponent.to(torch.int8), bits, dim, x.shape[-1]
     )
+
+
+def _steps(device: torch.device) -> torch.Tensor:
+    return torch.tensor(_STEPS, device=device)
 
 
 def _packed(codes: torch.Tensor, bits: int) -> torch.Tensor:
