@@ -9,14 +9,15 @@ import functools
 import math
 import time
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from foveate.attach.features import FeatureRecord
 from foveate.attach.noting import projector_notebook
-from foveate.attach.pairing import PER_TOKEN, Pairing
+from foveate.attach.pairing import PER_TOKEN
+from foveate.attach.reading import encoder_layers, encoder_reader, text_reader
 from foveate.attach.sequence import (
     Layout,
     Sequence,
@@ -29,7 +30,6 @@ from foveate.attach.sequence import (
 )
 from foveate.core import (
     Budget,
-    EncoderAttentionView,
     ItemReport,
     Method,
     ProjectorContext,
@@ -317,7 +317,9 @@ class PromptReducer:
         unchanged, offset = True, 0
         for number, item in enumerate(items):
             x_1ND = embeds_BLD[sample : sample + 1, item.rows_N]
-            text = self._text_reader(item, items, text_S, embeds_BLD)
+            text = text_reader(
+                item, items, text_S, embeds_BLD, self.text_ids, self.companion, self.paired
+            )
             tokens = self.reduce_item(items, number, x_1ND, text)
             outs.append(tokens)
             reduction, size = tokens.reduction, item.grid.num_tokens
@@ -353,38 +355,6 @@ class PromptReducer:
             unchanged,
         )
 
-    def _text_reader(
-        self,
-        item: VisualItem,
-        items: list[VisualItem],
-        text_S: torch.Tensor,
-        embeds_BLD: torch.Tensor,
-    ) -> Callable[[str], torch.Tensor | None]:
-        sample = item.sample
-        # The text behind the last visual token, or all there is.
-        later_S = text_S[text_S > max(int(other.rows_N[-1]) for other in items)]
-        later_S = later_S if len(later_S) else text_S
-        pairing = Pairing(
-            item.grid,
-            embeds_BLD[sample : sample + 1, item.rows_N],
-            embeds_BLD[sample : sample + 1, later_S],
-            None if self.text_ids is None else self.text_ids[sample, later_S],
-            item.report.pixels,
-            self.companion,
-            self.paired,
-        )
-
-        def read(name: str) -> torch.Tensor | None:
-            if name == "text.embeddings":
-                return embeds_BLD[sample : sample + 1, text_S]
-            if name == "text.segment":
-                return embeds_BLD[sample : sample + 1, segment_rows(item, items, text_S)]
-            if name == "text.tokens" and self.text_ids is not None:
-                return self.text_ids[sample : sample + 1, text_S]
-            return pairing.read(name)
-
-        return read
-
     def _note_stages(self, items: list[list[VisualItem]]) -> None:
         if not self.steps:
             return
@@ -393,52 +363,6 @@ class PromptReducer:
         if before != after or any(item.report.reduction for s in items for item in s):
             names = " + ".join(method.name for _, method in self.steps)
             self.report.stages.append(StageReport("projector", names, before, after))
-
-
-def encoder_layers(item: VisualItem, method: Method) -> tuple[int, ...]:
-    """The encoder blocks that a method reads of an item."""
-    if item.encoder is None:
-        return ()
-    return tuple(method.encoder_layers(item.encoder.num_layers, item.encoder.feature_layer))
-
-
-def encoder_reader(
-    item: VisualItem, method: Method, composed: Reduction | None, device: torch.device
-) -> Callable[[int], EncoderAttentionView | None]:
-    """Gives the views of an item's encoder blocks; their maps follow earlier reductions."""
-
-    def read(layer: int) -> EncoderAttentionView | None:
-        view = None if item.encoder is None else item.encoder.view(layer)
-        if view is None:
-            return None
-        token_map = view.token_map
-
-        def to_present(map_IN: torch.Tensor) -> torch.Tensor:
-            value_1N = map_IN.reshape(1, -1) if token_map is None else token_map(map_IN)
-            value_1N = value_1N.to(device)
-            return value_1N if composed is None else composed.gather(value_1N, float("nan"))
-
-        return replace(view, token_map=to_present, method=method.name)
-
-    return read
-
-
-def segment_rows(item: VisualItem, items: list[VisualItem], text_S: torch.Tensor) -> torch.Tensor:
-    """Rows of the text between an item and the next one.
-
-    Where nothing stands between them, the next text there is; behind the last text, the one before.
-    """
-    starts_I = torch.stack([other.rows_N[0] for other in items])
-    ends_I = torch.stack([other.rows_N[-1] for other in items])
-    later_S = text_S[text_S > item.rows_N[-1]]
-    if later_S.shape[0]:
-        stop = starts_I[starts_I > later_S[0]]
-        return later_S[later_S < stop.min()] if stop.shape[0] else later_S
-    earlier_S = text_S[text_S < item.rows_N[0]]
-    if earlier_S.shape[0]:
-        stop = ends_I[ends_I < earlier_S[-1]]
-        return earlier_S[earlier_S > stop.max()] if stop.shape[0] else earlier_S
-    return text_S
 
 
 def checked_carry(method: Method, name: str, value_N: torch.Tensor, tokens: Tokens) -> torch.Tensor:
