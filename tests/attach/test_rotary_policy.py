@@ -266,7 +266,7 @@ class Wrong(Method):
 
 def test_bad_scales_and_foreign_caches_are_refused():
     model, inputs = model_of("llava_onevision"), one_of("llava_onevision")
-    with foveate.reduce(model, Wrong()), pytest.raises(ValueError, match="at least 1: 0.5"):
+    with foveate.reduce(model, Wrong()), pytest.raises(ValueError, match=r"at least 1: 0\.5"):
         logits_of(model, inputs)
     with foveate.reduce(model, STRETCH):
         cache = model(**inputs).past_key_values

@@ -96,7 +96,7 @@ def test_storage_can_be_switched_off():
     "wrong", [{"window": 0}, {"answer": -1}, {"kv_bits": 3}, {"group": 0}, {"recent": -1}]
 )
 def test_bad_settings_are_refused(wrong):
-    with pytest.raises(ValueError, match="at least|2 or 4 bits"):
+    with pytest.raises(ValueError, match=r"at least|2 or 4 bits"):
         INTP(**wrong)
 
 

@@ -35,7 +35,6 @@ from foveate.errors import AttachmentError
 from foveate.models.adapter import Adapter
 from foveate.models.companion import Companion
 
-
 #: All families with an adapter are so; encoders that are not take `foveate.models.windowed`.
 FRAME_BY_FRAME = "this encoder works frame by frame, so the rearrangement is the identity"
 

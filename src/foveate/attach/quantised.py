@@ -50,7 +50,7 @@ class QuantisedLayer(ReducedLayer):
 
     Attributes:
         storage: bits, group and number of recent tokens.
-        exempt_B: bool [B], samples without visual tokens, which are left alone; None: there are none.
+        exempt_B: bool [B], samples without visual tokens, which are left alone; None: none is.
         packed: stored keys and values of the first tokens of every sample, aligned on the left.
         recent: the others [B, G, R, d], aligned on the right.
     """

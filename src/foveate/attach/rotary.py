@@ -72,8 +72,11 @@ class Rotary:
             for one, mine in zip(distinct, rows, strict=True)
         ]
         order = torch.tensor([row for mine in rows for row in mine]).argsort().to(hidden.device)
-        cos, sin = (torch.cat(part, dim=-3).index_select(-3, order) for part in zip(*parts))
-        return cos, sin
+        cos, sin = zip(*parts, strict=True)
+        return (
+            torch.cat(cos, dim=-3).index_select(-3, order),
+            torch.cat(sin, dim=-3).index_select(-3, order),
+        )
 
     def _at(self, scale: float, hidden: torch.Tensor, position: torch.Tensor) -> Embeddings:
         if scale not in self._made:
