@@ -65,6 +65,27 @@ class DamagedVideoError(VideoError):
     """Frames that were asked for cannot be decoded, and no stand-in is allowed or at hand."""
 
 
+class DecoderFailedError(VideoError):
+    """The decoder itself broke down: the message says in which file, and near what time."""
+
+
+class DecodeStalledError(DecoderFailedError):
+    """The decoder has given no sign of life for as long as one was ready to wait."""
+
+
+class DecodeLimitError(DecoderFailedError):
+    """A decoder in a process of its own went beyond its limits and was stopped.
+
+    Args:
+        reason: what was exceeded, in one sentence.
+        limit: name of the limit ("memory", "seconds", "cpu_seconds", "frames").
+    """
+
+    def __init__(self, reason: str, *, source: str | None = None, limit: str = "") -> None:
+        self.limit = limit
+        super().__init__(reason, source=source)
+
+
 class DamagedVideoWarning(UserWarning):
     """Part of a video was lost; ``frames.damage`` says how much."""
 

@@ -139,15 +139,13 @@ def test_suspects_follow_a_loss_until_the_next_keyframe():
 def test_display_matrices(matrix, degrees, mirrored):
     import struct
 
-    import torch
-
     a, b, c, d = matrix
     one = 1 << 16
     orientation = Orientation.from_matrix(
         struct.pack("<9i", a * one, b * one, 0, c * one, d * one, 0, 0, 0, 1 << 30)
     )
     assert (orientation.degrees, orientation.mirrored) == (degrees, mirrored)
-    picture = torch.arange(6).view(1, 2, 3)
+    picture = np.arange(6).reshape(1, 2, 3)
     turned = orientation.apply(picture)
     height, width = orientation.size(2, 3)
     assert turned.shape == (1, height, width)

@@ -6,29 +6,24 @@ Legend: T frames given out; C colour channels (3); H, W pixels in display orient
 from __future__ import annotations
 
 import os
-import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from foveate.errors import (
-    DamagedVideoError,
-    DamagedVideoWarning,
-    FrameRequestError,
-    FrameTooLargeError,
-)
+from foveate.errors import FrameRequestError, FrameTooLargeError
 from foveate.video import sampling
-from foveate.video.collect import DecodeLog, stand_ins
 from foveate.video.decode import PyAVReader, Reader
 from foveate.video.facts import file_facts, memory_facts
 from foveate.video.frames import Damage, Frames
+from foveate.video.isolate import IsolatedReader, Limits
 from foveate.video.memory import pixels_from
+from foveate.video.parallel import DecodeStream, Filled, cores
 from foveate.video.resize import resize
-from foveate.video.source import MediaSource
-from foveate.video.table import plan, suspects
+from foveate.video.source import TIMEOUT_SECONDS, MediaSource
+from foveate.video.stream import ChunkSource, FrameStream, MemorySource
 
 Size = tuple[int, int]
 MAX_PIXELS = 64 << 20
@@ -49,7 +44,11 @@ class Clip:
         fps: frames per second of frames in memory (1 unless given); files carry their own times.
         max_pixels: largest picture, in pixels, that is decoded; checked before any decoding.
         max_bytes: most memory for the frames of one request.
-        threads: codec threads, 0 for FFmpeg's choice.
+        threads: decoding threads in all, 0 for one per core (16 at most). They are spread over
+            decoders that work side by side where the file allows it.
+        timeout: seconds without any progress after which waiting for a decoder ends in an error.
+        isolate: decode in a process of its own, for files that cannot be trusted; True or `Limits`.
+            What it takes and how long is limited, and it may crash without harm to the caller.
         reader: another decoder in place of PyAV; `source` is then not looked at.
 
     Raises:
@@ -72,9 +71,13 @@ class Clip:
         max_pixels: int = MAX_PIXELS,
         max_bytes: int = MAX_BYTES,
         threads: int = 0,
+        timeout: float = TIMEOUT_SECONDS,
+        isolate: bool | Limits = False,
         reader: Reader | None = None,
     ) -> None:
         self._max_bytes = max_bytes
+        self._threads = _checked_threads(threads)
+        self._timeout = timeout
         self._pixels_TCHW: Tensor | None = None if reader else pixels_from(source)
         self._reader: Reader | None = reader
         if self._pixels_TCHW is not None:
@@ -89,7 +92,13 @@ class Clip:
         if self._reader is None:
             media = MediaSource(source)  # type: ignore[arg-type]
             self.name = media.name
-            self._reader = PyAVReader(media, max_pixels=max_pixels, threads=threads)
+            if isolate:
+                limits = isolate if isinstance(isolate, Limits) else Limits()
+                self._reader = IsolatedReader(
+                    media, limits, max_pixels=max_pixels, threads=self._threads
+                )
+            else:
+                self._reader = PyAVReader(media, max_pixels=max_pixels, threads=self._threads)
         else:
             self.name = type(self._reader).__name__
         scan = self._reader.scan()
@@ -191,20 +200,28 @@ class Clip:
         self,
         fps: float | None = None,
         *,
+        index: Iterable[int] | None = None,
         chunk: int = 32,
+        ahead: int = 2,
         size: Size | None = None,
         strict: bool = False,
-    ) -> Iterator[Frames]:
-        """Give all frames (or those at a rate) in order, a chunk at a time, decoding once.
+    ) -> FrameStream:
+        """Give all frames (or some) in order, a chunk at a time, decoding ahead in the background.
 
-        Memory stays at one chunk however long the video is. Each chunk has its own damage report.
+        Each chunk has its own damage report.
 
         Args:
             fps: as in `uniform`; None gives every frame.
+            index: in place of a rate, ranks of frames, strictly ascending.
             chunk: frames per chunk (the last may be shorter).
+            ahead: finished chunks that may wait for the caller, beside the one in the making; 0
+                decodes no more than one chunk ahead.
+            size: as in `sample`.
+            strict: as in `sample`.
 
         Raises:
-            FrameRequestError: chunk is below 1 or fps is not positive.
+            FrameRequestError: chunk is below 1, ahead is negative, fps is not positive, or index is
+                given with fps or is not ascending.
 
         Example:
             >>> clip = Clip(torch.zeros(10, 3, 4, 6, dtype=torch.uint8))
@@ -213,13 +230,24 @@ class Clip:
         """
         if sampling.whole(chunk, "chunk") < 1:
             raise FrameRequestError(f"chunk must be at least 1 frame, got {chunk}")
-        ranks = np.arange(len(self)) if fps is None else self._at_rate(fps)
+        if sampling.whole(ahead, "ahead") < 0:
+            raise FrameRequestError(f"ahead must be at least 0 chunks, got {ahead}")
+        if fps is not None and index is not None:
+            raise FrameRequestError("give either fps or index, not both")
+        if index is not None:
+            ranks = sampling.check_ranks(index, len(self))
+            if np.any(np.diff(ranks) <= 0):
+                raise FrameRequestError(
+                    "index of a stream must be strictly ascending; take() gives any order"
+                )
+        else:
+            ranks = np.arange(len(self)) if fps is None else self._at_rate(fps)
         size = self._checked_size(size, min(chunk, len(ranks)))
-        return self._chunks(ranks, chunk, size, strict, 3)
+        return self._stream(ranks, chunk, ahead, size, strict)
 
-    def __iter__(self) -> Iterator[Frames]:
+    def __iter__(self) -> FrameStream:
         """Every frame, one at a time."""
-        return self.stream(chunk=1)
+        return self.stream(chunk=1, ahead=8)
 
     def _at_rate(self, fps: float) -> np.ndarray:
         table = self._table
@@ -229,7 +257,9 @@ class Clip:
         """Decode each distinct rank once, then put them in the order asked for."""
         distinct, order = np.unique(ranks, return_inverse=True)
         size = self._checked_size(size, len(ranks))
-        (frames,) = self._chunks(distinct, len(distinct), size, strict, 5)
+        stream = self._stream(distinct, len(distinct), 0, size, strict, stacklevel=5)
+        with stream:
+            frames = next(stream)
         if np.array_equal(distinct, ranks):
             return frames
         order_T = torch.from_numpy(order.astype(np.int64))
@@ -240,60 +270,62 @@ class Clip:
             frames.damage,
         )
 
-    def _chunks(
-        self, ranks: np.ndarray, chunk: int, size: Size, strict: bool, stacklevel: int
-    ) -> Iterator[Frames]:
+    def _stream(
+        self,
+        ranks: np.ndarray,
+        chunk: int,
+        ahead: int,
+        size: Size,
+        strict: bool,
+        stacklevel: int = 3,
+    ) -> FrameStream:
         """Frames of ascending distinct ranks, converted straight into one buffer per chunk."""
+        source: ChunkSource
         if self._pixels_TCHW is not None:
-            for first in range(0, len(ranks), chunk):
-                yield self._from_memory(ranks[first : first + chunk], size)
-            return
-        assert self._reader is not None
-        log = DecodeLog()
-        decoded_frames = self._reader.decode(plan(self._table, ranks.tolist()))
-        chosen = stand_ins(log.watch(decoded_frames), ranks.tolist())
-        for first in range(0, len(ranks), chunk):
-            part = ranks[first : first + chunk]
-            pixels_TCHW = torch.empty(len(part), 3, *size, dtype=torch.uint8)
-            replaced = {}
-            for slot, (rank, decoded) in enumerate(zip(part.tolist(), chosen, strict=False)):
-                if decoded is None:
-                    raise DamagedVideoError(
-                        f"none of the {len(ranks)} frames asked for can be decoded",
-                        source=self.name,
-                    )
-                if decoded.rank != rank:
-                    replaced[rank] = decoded.rank
-                decoded.write(pixels_TCHW[slot])
-            damage = Damage(
-                requested=len(part),
-                replaced=replaced,
-                suspect=tuple(suspects(self._table, part, log.seen, log.flagged, log.highest)),
-                lost_frames=self.info.lost_frames,
+            source = MemorySource(ranks, chunk, lambda part: self._from_memory(part, size))
+        elif isinstance(self._reader, IsolatedReader):
+            source = self._reader.stream(ranks, chunk, ahead, size, self._timeout)
+        else:
+            assert self._reader is not None
+            source = DecodeStream(
+                self._reader,
+                self._table,
+                ranks.tolist(),
+                size=size,
+                chunk=chunk,
+                ahead=ahead,
+                threads=self._threads,
+                timeout=self._timeout,
+                name=self.name,
             )
-            self._report(damage, strict, stacklevel)
-            yield self._frames(pixels_TCHW, part, damage)
+        return FrameStream(
+            source,
+            ranks,
+            chunk,
+            self._frames,
+            strict=strict,
+            name=self.name,
+            stacklevel=stacklevel,
+        )
 
-    def _report(self, damage: Damage, strict: bool, stacklevel: int) -> None:
-        if not damage:
-            return
-        if strict:
-            raise DamagedVideoError(damage.reason, source=self.name)
-        # The level points at the caller of sample(), at(), stream(), ...
-        message = f"{self.name}: {damage.reason}"
-        warnings.warn(message, DamagedVideoWarning, stacklevel=stacklevel)
-
-    def _from_memory(self, ranks: np.ndarray, size: Size) -> Frames:
+    def _from_memory(self, ranks: np.ndarray, size: Size) -> Tensor:
         assert self._pixels_TCHW is not None
         index_T = torch.from_numpy(ranks.astype(np.int64))
         pixels_TCHW = self._pixels_TCHW[index_T.to(self._pixels_TCHW.device)]
         if size != tuple(pixels_TCHW.shape[-2:]):
             pixels_TCHW = resize(pixels_TCHW, size)
-        return self._frames(pixels_TCHW, ranks, Damage(len(ranks)))
+        return pixels_TCHW
 
-    def _frames(self, pixels_TCHW: Tensor, ranks: np.ndarray, damage: Damage) -> Frames:
+    def _frames(self, ranks: np.ndarray, filled: Filled) -> Frames:
+        replaced = {
+            rank: shown
+            for rank, shown in zip(ranks.tolist(), filled.shown, strict=True)
+            if shown != rank
+        }
+        damage = Damage(len(ranks), replaced, filled.suspect, self.info.lost_frames)
+        pixels: Any = filled.pixels_nCHW
         return Frames(
-            pixels_TCHW,
+            torch.from_numpy(pixels) if isinstance(pixels, np.ndarray) else pixels,
             torch.from_numpy(self._table.seconds_F[ranks]),
             torch.from_numpy(ranks.astype(np.int64)),
             damage,
@@ -319,3 +351,9 @@ class Clip:
                 source=self.name,
             )
         return height, width
+
+
+def _checked_threads(threads: int) -> int:
+    if sampling.whole(threads, "threads") < 0:
+        raise FrameRequestError(f"threads must be 0 (one per core) or more, got {threads}")
+    return min(threads, 16) or cores()

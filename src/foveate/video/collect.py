@@ -24,12 +24,14 @@ class DecodeLog:
             yield decoded
 
 
-def stand_ins(frames: Iterator[Decoded], wanted: list[int]) -> Iterator[Decoded | None]:
+def stand_ins(
+    frames: Iterator[Decoded], wanted: list[int], before: Decoded | None = None
+) -> Iterator[Decoded | None]:
     """For each wanted rank (ascending) the decoded frame to show: itself, else the nearest one.
 
-    Frames met on the way count as neighbours, too. None means that nothing decoded at all.
+    Frames met on the way count as neighbours, too, and so does `before`, a frame ahead of all. None
+    means that nothing decoded at all.
     """
-    before: Decoded | None = None
     slot = 0
     for decoded in frames:
         while slot < len(wanted) and wanted[slot] < decoded.rank:

@@ -1,30 +1,30 @@
 """The decoder seam: what a reader must do, and the one that uses PyAV.
 
-A reader is stateless: every call opens the source anew, so several may run at once (one for each
-group of a plan, say) and nothing is left over from a failed one.
+Nothing here imports torch, so that a process that only decodes starts at once.
 
 Legend: C colour channels (3); H, W pixels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, suppress
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from foveate.errors import (
     DamagedVideoError,
+    DecodeLimitError,
     FrameTooLargeError,
     NoVideoStreamError,
     TruncatedVideoError,
     UnsupportedVideoError,
 )
 from foveate.video import packets
+from foveate.video.nal import PacketParser
 from foveate.video.orientation import Orientation
 from foveate.video.source import MediaSource, import_av
 from foveate.video.table import Group, Packet, PacketTable
@@ -44,8 +44,8 @@ class Decoded(NamedTuple):
     """A frame that came out of a decoder; its pixels are converted only if somebody wants them."""
 
     rank: int
-    write: Callable[[Tensor], None]
-    """Writes RGB into a uint8 tensor [3, H, W] (display orientation), scaling to its size."""
+    write: Callable[[Any], None]
+    """Writes RGB into a uint8 array [3, H, W] (display orientation), scaling to its size."""
     is_corrupt: bool = False
 
 
@@ -70,12 +70,38 @@ class Reader(Protocol):
         """List the packets without decoding them (O(file size) reading)."""
         ...
 
-    def decode(self, groups: Sequence[Group]) -> Iterator[Decoded]:
+    def decode(self, groups: Iterable[Group]) -> Iterator[Decoded]:
         """Decode groups of a plan one after the other, giving at least their wanted frames.
 
         Frames come in presentation order; others met on the way may be given, too (they stand in
         for damaged neighbours). A frame that cannot be decoded is left out, not raised.
         """
+        ...
+
+
+class Session(Protocol):
+    """One open decoder."""
+
+    def run(self, group: Group, skip: Collection[int] = ()) -> Iterator[Decoded]:
+        """Decode one group, in any order of groups; see `Reader.decode`.
+
+        Args:
+            group: the run.
+            skip: decoding positions of packets to leave out (see `foveate.video.table.needed`).
+        """
+        ...
+
+
+class SessionReader(Reader, Protocol):
+    """A reader of which several decoders may be open at once, each in a thread of its own."""
+
+    @property
+    def max_sessions(self) -> int:
+        """How many; 1 where the source cannot be opened twice."""
+        ...
+
+    def session(self, threads: int, tick: Callable[[], None]) -> AbstractContextManager[Session]:
+        """Open a decoder with so many codec threads; it calls `tick` at every packet."""
         ...
 
 
@@ -85,9 +111,9 @@ class PyAVReader:
     Args:
         source: where the bytes are.
         max_pixels: largest picture (pixels) that is decoded; checked before decoding.
-        threads: codec threads; 0 lets FFmpeg choose (frame and slice threading), 1 is for callers
-            that run several readers at once.
+        threads: codec threads of a decoder that works alone; 0 lets FFmpeg choose.
         interpolation: swscale filter used where frames are scaled while they are converted.
+        max_frames: most packets that are listed.
 
     Raises:
         VideoError: the source has no video that can be read.
@@ -100,58 +126,61 @@ class PyAVReader:
         max_pixels: int,
         threads: int = 0,
         interpolation: str = "BICUBIC",
+        max_frames: int | None = None,
     ) -> None:
         self.source = source
         self.max_pixels = max_pixels
         self.threads = threads
         self.interpolation = interpolation
+        self.max_frames = max_frames
         self._scan: Scan | None = None
+
+    @property
+    def max_sessions(self) -> int:
+        """1 for a file object, which has one place to read from."""
+        return 1 if self.source.is_shared else 1 << 16
 
     def scan(self) -> Scan:
         """List the packets; the first picture alone is decoded, for its rotation."""
         if self._scan is None:
             with self.source.open() as container:
                 self._scan = self._read_table(container)
+                # Opening has cost as much as decoding some ten frames: keep it for the first read.
+                if self._can_rewind(self._scan):
+                    self.source.keep(container)
         return self._scan
 
-    def decode(self, groups: Sequence[Group]) -> Iterator[Decoded]:
+    def decode(self, groups: Iterable[Group]) -> Iterator[Decoded]:
         """Decode groups of a plan; see `Reader.decode`."""
+        with self.session(self.threads, _no_tick) as session:
+            for group in groups:
+                yield from session.run(group)
+
+    @contextmanager
+    def session(self, threads: int, tick: Callable[[], None]) -> Iterator[PyAVSession]:
+        """Open a decoder; see `SessionReader.session`."""
         scan = self.scan()
-        with self.source.open() as container:
-            stream = self._video_stream(container)
-            context = stream.codec_context
-            context.thread_type = "AUTO" if self.threads != 1 else "NONE"
-            context.thread_count = self.threads
-            # One converter for all frames: setting up swscale costs more than a conversion.
-            converter = import_av().video.reformatter.VideoReformatter()
-            ranks = scan.table.rank_of_pts
-            count = 0
-            for i, group in enumerate(groups):
-                if i:
-                    # The group before was drained; the decoder accepts nothing until flushed.
-                    context.flush_buffers()
-                for frame in self._run(container, stream, scan.table, group):
-                    if scan.table.by_order:
-                        rank = count
-                        count += 1
-                    else:
-                        rank = -1 if frame.pts is None else ranks.get(frame.pts, -1)
-                    if rank >= group.key_rank:
-                        write = _Writer(frame, converter, scan.orientation, self.interpolation)
-                        yield Decoded(rank, write, bool(frame.is_corrupt))
+        with ExitStack() as stack:
+            session = PyAVSession(self, scan, stack, threads, tick)
+            yield session
+            if self._can_rewind(scan):
+                session.stream.codec_context.flush_buffers()
+                self.source.keep(session.container)
 
-    def _run(
-        self, container: InputContainer, stream: VideoStream, table: PacketTable, group: Group
-    ) -> Iterator[VideoFrame]:
-        """Frames of one group: packets from its keyframe to its last, then what is left inside."""
-        with closing(packets.locate(container, stream, table, group)) as run:
-            for position, packet in run:
-                yield from packets.decode_packet(stream, packet)
-                if position >= group.stop:
-                    break
-        yield from packets.decode_packet(stream, None)
+    @staticmethod
+    def _can_rewind(scan: Scan) -> bool:
+        # Formats with an index; in others, and where an edit list hides the head, a seek to the
+        # beginning may miss it.
+        name = scan.container
+        table = scan.table
+        return (
+            name.startswith(("mov", "matroska"))
+            and table.is_regular
+            and len(table) > 0
+            and int(table.sorted_position[0]) == 0
+        )
 
-    def _video_stream(self, container: InputContainer) -> VideoStream:
+    def video_stream(self, container: InputContainer) -> VideoStream:
         """The video track to read, its picture size checked and other tracks switched off."""
         av = import_av()
         name = self.source.name
@@ -184,20 +213,43 @@ class PyAVReader:
         return stream  # type: ignore[return-value]
 
     def _read_table(self, container: InputContainer) -> Scan:
-        stream = self._video_stream(container)
+        stream = self.video_stream(container)
         context = stream.codec_context
         found: list[Packet] = []
         discarded = 0
         picture: Any = None
-        # One thread: frame threading would hold the first picture back.
-        context.thread_type = "SLICE"
+        set_threads(context, self.threads)
+        parse = PacketParser(context.name, context.extradata)
+        layers = []
         for position, packet in enumerate(packets.demux(container, stream)):
             if picture is None and position < _PROBE_PACKETS:
                 picture = next(packets.decode_packet(stream, packet), None)
+                if picture is None and packet.is_keyframe:
+                    # A decoder with several threads holds the first picture back.
+                    picture = next(packets.decode_packet(stream, None), None)
+                    context.flush_buffers()
+            if position >= (self.max_frames or position + 1):
+                raise DecodeLimitError(
+                    f"it has more than the {self.max_frames} frames that are allowed",
+                    source=self.source.name,
+                    limit="frames",
+                )
             if packet.is_discard:
                 discarded += 1
                 continue
-            found.append(Packet(position, packet.pts, packet.is_keyframe, packet.duration or 0))
+            facts = parse(memoryview(packet))
+            layers.append(facts.layer)
+            # A container's word for "keyframe" is taken back where the bytes say otherwise.
+            is_key = packet.is_keyframe and facts.is_entry is not False
+            found.append(
+                Packet(position, packet.pts, is_key, packet.duration or 0, facts.is_disposable)
+            )
+        if max(layers, default=0) > 0:
+            # Pictures of higher sub-layers may refer to any below.
+            found = [
+                packet._replace(is_disposable=packet.is_disposable and layer == max(layers))
+                for packet, layer in zip(found, layers, strict=True)
+            ]
         if picture is None:
             picture = next(packets.decode_packet(stream, None), None)
         # Only a decoded picture tells the rotation in PyAV, and the true size in raw streams.
@@ -227,6 +279,88 @@ class PyAVReader:
         )
 
 
+class PyAVSession:
+    """One open container with its decoder and its converter."""
+
+    container: InputContainer
+    stream: VideoStream
+
+    def __init__(
+        self,
+        reader: PyAVReader,
+        scan: Scan,
+        stack: ExitStack,
+        threads: int,
+        tick: Callable[[], None],
+    ) -> None:
+        self.reader = reader
+        self.scan = scan
+        self.threads = threads
+        self.tick = tick
+        self._stack = stack
+        # One converter for all frames: setting up swscale costs more than a conversion.
+        self.converter = import_av().video.reformatter.VideoReformatter()
+        self._count = 0
+        self._open(reuse=True)
+
+    def _open(self, *, reuse: bool) -> None:
+        self._stack.close()
+        self.container = self._stack.enter_context(self.reader.source.open(reuse=reuse))
+        self.stream = self.reader.video_stream(self.container)
+        # The decoder of a container that was kept runs already, with the threads it has.
+        self._is_fresh = self._is_clean = not self.stream.codec_context.is_open
+        if self._is_fresh:
+            set_threads(self.stream.codec_context, self.threads)
+
+    def run(self, group: Group, skip: Collection[int] = ()) -> Iterator[Decoded]:
+        """Decode one group; see `Session.run`."""
+        scan = self.scan
+        ranks = scan.table.rank_of_pts
+        for frame in self._frames(group, skip):
+            if scan.table.by_order:
+                rank, self._count = self._count, self._count + 1
+            else:
+                rank = -1 if frame.pts is None else ranks.get(frame.pts, -1)
+            if rank >= group.key_rank:
+                write = _Writer(frame, self.converter, scan.orientation, self.reader.interpolation)
+                yield Decoded(rank, write, bool(frame.is_corrupt))
+
+    def _frames(self, group: Group, skip: Collection[int]) -> Iterator[VideoFrame]:
+        """Frames of one group: packets from its keyframe to its last, then what is left inside."""
+        if not self._is_clean:
+            # The group before was drained; the decoder accepts nothing until flushed.
+            self.stream.codec_context.flush_buffers()
+        was_fresh, self._is_fresh, self._is_clean = self._is_fresh, False, False
+        num_packets = 0
+        run = packets.locate(
+            self.container, self.stream, self.scan.table, group, is_fresh=was_fresh
+        )
+        with closing(run):
+            for position, packet in run:
+                num_packets += 1
+                self.tick()
+                if position not in skip:
+                    yield from packets.decode_packet(self.stream, packet)
+                if position >= group.stop:
+                    break
+        if not num_packets and not was_fresh and group.seek_pts is None:
+            # The head was not found again.
+            self._open(reuse=False)
+            yield from self._frames(group, skip)
+            return
+        yield from packets.decode_packet(self.stream, None)
+
+
+def set_threads(context: Any, threads: int) -> None:
+    """Codec threads, before the decoder opens: 0 is FFmpeg's choice, frame and slice threading."""
+    context.thread_type = "NONE" if threads == 1 else "AUTO"
+    context.thread_count = threads
+
+
+def _no_tick() -> None:
+    """For callers that wait in the thread that decodes."""
+
+
 class _Writer:
     """Converts one frame to RGB in a single swscale call, into a given tensor."""
 
@@ -238,7 +372,8 @@ class _Writer:
         self.orientation = orientation
         self.interpolation = interpolation
 
-    def __call__(self, out_CHW: Tensor) -> None:
+    def __call__(self, out_CHW: Any) -> None:
+        out_CHW = np.asarray(out_CHW)
         height, width = self.orientation.size(*out_CHW.shape[-2:])
         try:
             rgb = self._convert(height, width)
@@ -253,10 +388,18 @@ class _Writer:
                 raise DamagedVideoError(
                     f"a picture in {self.frame.format.name} cannot be converted to RGB ({error})"
                 ) from error
-        rgb_CHW = torch.from_numpy(rgb.to_ndarray()).permute(2, 0, 1)
-        out_CHW.copy_(self.orientation.apply(rgb_CHW))
+        plane = rgb.planes[0]
+        rows_HS = np.frombuffer(plane, np.uint8).reshape(height, plane.line_size)  # type: ignore[call-overload]
+        rgb_HWC = rows_HS[:, : 3 * width].reshape(height, width, 3)
+        np.copyto(out_CHW, self.orientation.apply(rgb_HWC.transpose(2, 0, 1)))
 
     def _convert(self, height: int, width: int) -> VideoFrame:
+        # One thread: waking others costs more than a picture this small gains.
         return self.converter.reformat(
-            self.frame, width, height, format="rgb24", interpolation=self.interpolation
+            self.frame,
+            width,
+            height,
+            format="rgb24",
+            interpolation=self.interpolation,
+            threads=1,
         )

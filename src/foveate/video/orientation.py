@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 
-from torch import Tensor
+import numpy as np
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,9 @@ class Orientation:
         """(height, width) after turning; its own inverse."""
         return (width, height) if self.transpose else (height, width)
 
-    def apply(self, pixels_CHW: Tensor) -> Tensor:
-        """Turn pictures [..., H, W] (a view where possible)."""
+    def apply(self, pixels_CHW: np.ndarray) -> np.ndarray:
+        """Turn pictures [..., H, W] (a view)."""
         if self.transpose:
-            pixels_CHW = pixels_CHW.transpose(-2, -1)
+            pixels_CHW = np.swapaxes(pixels_CHW, -2, -1)
         axes = [axis for axis, flip in ((-2, self.flip_y), (-1, self.flip_x)) if flip]
-        return pixels_CHW.flip(axes) if axes else pixels_CHW
+        return np.flip(pixels_CHW, axes) if axes else pixels_CHW

@@ -61,26 +61,38 @@ def decode_packet(stream: VideoStream, packet: Any) -> Iterator[VideoFrame]:
     av = import_av()
     try:
         yield from stream.codec_context.decode(packet)
-    except av.error.FFmpegError:
-        return
+    except av.error.FFmpegError as error:
+        # Out of memory is no damage: going on would lose frames without a word.
+        if isinstance(error, MemoryError):
+            raise
 
 
 def locate(
-    container: InputContainer, stream: VideoStream, table: PacketTable, group: Group
+    container: InputContainer,
+    stream: VideoStream,
+    table: PacketTable,
+    group: Group,
+    *,
+    is_fresh: bool = True,
 ) -> Generator[tuple[int, Any]]:
     """(position, packet) from the group's first packet on, wherever the seek lands.
 
     Demuxers land early, late or between keyframes, depending on the container. Packets before
     the wanted one are passed over undecoded; after a late landing the search starts farther ahead,
-    at last at the head of the file.
+    at last at the head of the file. A container that was read before (not ``is_fresh``) may fail to
+    find the head again; then nothing is given.
     """
     av = import_av()
-    if group.seek_pts is None:
-        # Only the first group of a plan has no keyframe to seek to, and the file was just opened.
+    if group.seek_pts is None and is_fresh:
         yield from enumerate(demux(container, stream))
         return
-    earlier = int(table.pts_F[max(group.key_rank - _SEEK_BACK, 0)])
-    for target in (group.seek_pts, earlier, int(table.pts_F[0])):
+    head = int(table.pts_F[table.rank_by_position[0]])
+    if group.seek_pts is None:
+        targets = [head]
+    else:
+        earlier = int(table.pts_F[max(group.key_rank - _SEEK_BACK, 0)])
+        targets = [group.seek_pts, earlier, int(table.pts_F[0])]
+    for target in targets:
         with suppress(av.error.FFmpegError):
             container.seek(target, stream=stream, backward=True)
         position = -1

@@ -8,7 +8,7 @@ import re
 import stat
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -21,6 +21,7 @@ from foveate.errors import (
     VideoNotFoundError,
     VideoSourceError,
 )
+from foveate.video.idle import IDLE
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -90,6 +91,7 @@ class MediaSource:
         self._data: bytes | None = None
         self._file: Any = None
         self._lock = threading.Lock()
+        self._kept: set[int] = set()
         if isinstance(source, (str, os.PathLike)):
             self.name = str(source)
             self._path = _checked_path(source)
@@ -156,41 +158,68 @@ class MediaSource:
                     self._file.seek(here)
                 self._lock.release()
 
-    def head(self, count: int = 64) -> bytes:
-        """The first bytes."""
+    @property
+    def path(self) -> str | None:
+        """The file's path, if it is one."""
+        return self._path
+
+    def read(self) -> bytes:
+        """All bytes."""
         with self._stream() as stream:
             if isinstance(stream, str):
-                with Path(stream.removeprefix("file:")).open("rb") as file:
-                    return file.read(count)
-            return stream.read(count)
+                return Path(stream.removeprefix("file:")).read_bytes()
+            return stream.read()
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether there is one place to read from (a file object), so one reader at a time."""
+        return self._file is not None
+
+    def keep(self, container: InputContainer) -> None:
+        """Leave a container that is being read open, for a later ``open(reuse=True)``."""
+        if not self.is_shared:
+            self._kept.add(id(container))
 
     @contextmanager
-    def open(self) -> Iterator[InputContainer]:
-        """A freshly opened container, closed on leaving.
+    def open(self, *, reuse: bool = False) -> Iterator[InputContainer]:
+        """An open container, closed on leaving unless it is kept.
+
+        Args:
+            reuse: one that was kept will do, wherever it has been read to.
 
         Raises:
             VideoError: it is not a video that can be read.
         """
-        av = import_av()
-        with self._stream() as stream:
+        container = IDLE.take(self) if reuse else None
+        with nullcontext() if container is not None else self._stream() as stream:
+            container = container or self._open(stream)
             try:
-                container = av.open(
-                    stream,
-                    mode="r",
-                    options={"format_whitelist": FORMATS},
-                    timeout=TIMEOUT_SECONDS,
-                    metadata_errors="replace",
-                )
-            except av.error.FFmpegError as error:
-                failure = error
-            else:
-                with container:
-                    yield container
-                return
-        raise self._explain(failure) from failure
+                yield container
+            finally:
+                if id(container) in self._kept:
+                    self._kept.discard(id(container))
+                    IDLE.put(self, container)
+                else:
+                    container.close()
 
-    def _explain(self, failure: Exception) -> VideoError:
-        head = self.head()
+    def _open(self, stream: Any) -> InputContainer:
+        av = import_av()
+        try:
+            return av.open(
+                stream,
+                mode="r",
+                options={"format_whitelist": FORMATS},
+                timeout=TIMEOUT_SECONDS,
+                metadata_errors="replace",
+            )
+        except av.error.FFmpegError as error:
+            if isinstance(error, MemoryError):
+                raise
+            failure = error
+        raise self._explain(failure, stream) from failure
+
+    def _explain(self, failure: Exception, stream: Any) -> VideoError:
+        head = _head(stream)
         if head.startswith(_IMAGE_MAGIC):
             return UnsupportedVideoError(
                 "this is a picture, not a video; give a list of PIL images", source=self.name
@@ -205,6 +234,15 @@ class MediaSource:
         return UnsupportedVideoError(
             f"it is not a video in a known container ({_words(failure)})", source=self.name
         )
+
+
+def _head(stream: Any, count: int = 64) -> bytes:
+    """The first bytes."""
+    if isinstance(stream, str):
+        with Path(stream.removeprefix("file:")).open("rb") as file:
+            return file.read(count)
+    stream.seek(0)
+    return stream.read(count)
 
 
 def _words(failure: Exception) -> str:

@@ -28,6 +28,7 @@ class Packet(NamedTuple):
     pts: int | None
     is_keyframe: bool
     duration: int
+    is_disposable: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +43,10 @@ class PacketTable:
         end_pts: tick at which the last frame stops being shown.
         by_order: timestamps of packets cannot be trusted (raw streams, h264 in AVI), so frames are
             numbered in the order in which the decoder gives them, and nothing is skipped.
+        disposable_F: bool [F], whether no other frame refers to this one, so that its packet can be
+            left out; None if that is not known.
+        is_regular: every packet has a timestamp of its own, so that frames can be told apart
+            wherever decoding starts.
     """
 
     pts_F: np.ndarray
@@ -50,6 +55,8 @@ class PacketTable:
     time_base: Fraction
     end_pts: int
     by_order: bool = False
+    disposable_F: np.ndarray | None = None
+    is_regular: bool = False
 
     @classmethod
     def from_packets(
@@ -84,7 +91,19 @@ class PacketTable:
             elif last <= 0 and frame_rate:
                 last = round(1 / (frame_rate * time_base))
             end_pts = int(pts_F[-1]) + last
-        return cls(pts_F, position_F, key_F, time_base, end_pts, by_order)
+        is_regular = not by_order and len(pts_F) == len(packets)
+        disposable_F = np.array([timed[i].is_disposable for i in first_F], dtype=bool)
+        return cls(
+            pts_F,
+            position_F,
+            key_F,
+            time_base,
+            end_pts,
+            by_order,
+            # The second field of a picture may hide behind a packet of its own: leave those alone.
+            disposable_F if is_regular and disposable_F.any() else None,
+            is_regular,
+        )
 
     def __len__(self) -> int:
         return len(self.pts_F)
@@ -114,6 +133,11 @@ class PacketTable:
     def rank_by_position(self) -> np.ndarray:
         """int64 [F], ranks in decoding order."""
         return np.argsort(self.position_F, kind="stable")
+
+    @cached_property
+    def sorted_position(self) -> np.ndarray:
+        """int64 [F], decoding positions, ascending (discarded packets leave holes)."""
+        return self.position_F[self.rank_by_position]
 
     @property
     def is_variable(self) -> bool:
@@ -155,7 +179,7 @@ class Group:
 
     @property
     def cost(self) -> int:
-        """Packets to decode."""
+        """Packets from the first to the last; see `needed` for those that must be decoded."""
         return self.stop - self.start + 1
 
 
@@ -206,6 +230,24 @@ def plan(table: PacketTable, ranks: Iterable[int], *, min_skip: int = MIN_SKIP) 
         )
         for first, end in pairwise(edges)
     ]
+
+
+def needed(table: PacketTable, group: Group) -> tuple[list[int], frozenset[int]]:
+    """What a run has to decode when disposable frames that nobody asked for are left out.
+
+    O(packets of the run).
+
+    Returns:
+        Ranks that must come out, in decoding order (leading frames, which lack their references,
+        are not among them), and the decoding positions of the packets to leave out.
+    """
+    first, end = np.searchsorted(table.sorted_position, (group.start, group.stop + 1))
+    order = table.rank_by_position[first:end]
+    kept = np.ones(len(order), dtype=bool)
+    if table.disposable_F is not None:
+        kept = ~table.disposable_F[order] | np.isin(order, group.ranks)
+    out = order[kept & (order >= group.key_rank)]
+    return out.tolist(), frozenset(table.position_F[order[~kept]].tolist())
 
 
 def _keyframe_of(table: PacketTable, wanted: np.ndarray) -> np.ndarray:
