@@ -3,7 +3,7 @@
 python scripts/measure_attention.py [--clips 32]
 
 For every visual token: does it show a sprite (of the exact masks), and how much attention do the
-patches it stands for receive in each block of the vision tower, how much does it differ from the
+patches it stands for receive in each block of the vision tower (and FlowCut's flow), how much does it differ from the
 frame before, and how far is it from the frame's mean? Prints, for each score, the probability that
 a token with a sprite scores above one without (area under the ROC curve; 0.5 is chance).
 """
@@ -11,10 +11,14 @@ a token with a sprite scores above one without (area under the ROC curve; 0.5 is
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 
 import torch
 
 import foveate
+from foveate.attach.tower_tap import TowerTap
+from foveate.methods.flowcut import encoder_flow
+from foveate.models.registry import adapter_for
 from foveate.training.data import AnswerBatches
 from foveate.training.packing import frame_tokens
 from foveate.training.sizes import SIZES
@@ -43,14 +47,33 @@ def main(clips: int) -> None:
     shown_BN = made["tokens"]["kind"] > 0
     _, tokens_BNE = frame_tokens(model, frames_BHWC)
     side = size.image // size.patch
+    flows = {}
+
+    def note(block: int) -> Callable:
+        def observe(captured: dict, kwargs: dict) -> None:
+            q, k = tower.assemble_qk(block, captured, kwargs)
+            v = tower.assemble_v(block, captured)
+            _, flows[block] = encoder_flow(q, k, v, tower.num_prefix, tower.has_cls)
+
+        return observe
+
+    tower = adapter_for(model).towers(model)["video"]
+    for block in range(len(tower.blocks)):
+        TowerTap(tower, block, note(block), values=True)
     out = model.model.vision_tower(
         frames_BHWC.movedim(-1, -3).float() / 127.5 - 1, output_attentions=True
     )
     scores = {}
+
+    def pooled(score_BP: torch.Tensor) -> torch.Tensor:
+        grid = score_BP.view(-1, side // 2, 2, side // 2, 2).mean(dim=(2, 4))
+        return grid.flatten(1)
+
     for layer, attention_BHPP in enumerate(out.attentions):
         received_BP = attention_BHPP.float().mean(dim=(1, 2))
-        grid = received_BP.view(-1, side // 2, 2, side // 2, 2).mean(dim=(2, 4))
-        scores[f"attention received in block {layer}"] = grid.flatten(1)
+        scores[f"attention received in block {layer}"] = pooled(received_BP)
+    for layer, flow_BP in flows.items():
+        scores[f"information flow in block {layer}"] = pooled(flow_BP)
     unit = torch.nn.functional.normalize(tokens_BNE.float(), dim=-1)
     clip_BTNE = unit.view(clips, size.frames, *unit.shape[1:])
     change = 1 - (clip_BTNE[:, 1:] * clip_BTNE[:, :-1]).sum(-1)

@@ -281,7 +281,7 @@ class FlowCut(Method):
         exists_BU = torch.zeros(tokens.batch, num_units + 1, dtype=torch.bool, device=tokens.device)
         exists_BU = exists_BU.scatter_(1, unit_BP, True)[:, :num_units]
         num_B, target_B = exists_BU.sum(1), state["target"]
-        active_B1 = (num_B > target_B)[:, None]
+        active_B1 = (num_B > target_B)[:, None] | state["always"]
         reduction = None
         if bool(active_B1.any()):
             attention_BP, flow_BP = encoder_flow(q, k, v, prefix, context.has_cls, tokens.mask_BN)
@@ -330,6 +330,8 @@ class FlowCut(Method):
             "target": torch.tensor(targets, device=device),
             "two_cuts": torch.tensor(flags or [0.0] * B, device=device),
             "group": group_BP,
+            # Without a layout the projector stage may have to choose where nothing was cut.
+            "always": torch.tensor(not flags, device=device),
         }
 
     def _num_dropped(

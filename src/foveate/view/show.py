@@ -15,12 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from foveate.attach.features import carried_maps
+from foveate.attach.noting import encoder_evidence
 from foveate.attach.prompt import PromptReducer
 from foveate.attach.reporting import describe_budget
 from foveate.attach.sequence import VisualItem
 from foveate.attach.tower_tap import ItemEncoder
 from foveate.core import (
     Budget,
+    Evidence,
     Grid,
     ItemReport,
     Method,
@@ -42,6 +45,8 @@ from foveate.view.sources import picture_sized
 Progress = Callable[[str, int, int], None]
 
 _DECODE_CHUNK = 64
+#: Stages that run without a language model.
+_SHOWN = ("encoder", "projector")
 
 
 def show_video(
@@ -214,6 +219,7 @@ def _reduce(
         )
     grid = Grid((Plane(rows, columns),) * len(x_TPC), modality)
     item = ItemReport(0, modality, grid)
+    item.evidence += _encoder_evidence(encoded, to_tokens)
     order_N = torch.arange(grid.num_tokens)
     signals = {name: to_tokens(score_TP)[0] for name, score_TP in scores.items()}
     views = {
@@ -230,8 +236,15 @@ def _reduce(
         report=report,
         text_ids=None,
         evidence=True,
+        stages={i: tuple(s for s in step.stages if s in _SHOWN) for i, step in enumerate(recipe)},
     )
-    visual = VisualItem(0, modality, grid, order_N, signals, item, encoder=seen)
+    carried = carried_maps(
+        encoded.runs, lambda map_P: [to_tokens(map_P.view(len(encoded.x_TPC), -1))[0]]
+    )
+    carried_here = {key: maps[0] for key, maps in carried.items()}
+    visual = VisualItem(
+        0, modality, grid, order_N, signals, item, encoder=seen, from_encoder=carried_here
+    )
     x_1ND = x_TPC.flatten(0, 1)[None]
     reduction = reducer.reduce_item([visual], 0, x_1ND, lambda name: None).reduction
     item.reduction = None if reduction is None else reduction.to("cpu")
@@ -267,6 +280,15 @@ def _note_encoder_stage(recipe: Recipe, encoded: Encoded, report: Report) -> Non
     report.seconds["encoder methods"] = spent
 
 
+def _encoder_evidence(encoded: Encoded, to_tokens: Callable[[Tensor], Tensor]) -> list[Evidence]:
+    """What encoder-stage methods noted, carried to the tokens of the one item there is."""
+    num = len(encoded.x_TPC)
+    (found,) = encoder_evidence(
+        encoded.runs, lambda score_P: [to_tokens(score_P.view(num, -1)).flatten()], 1
+    )
+    return found
+
+
 def _left(run: Any) -> int:
     return run.num_tokens if run.reduction is None else run.reduction.num_out
 
@@ -288,6 +310,9 @@ def _encoder_item(encoded: Encoded, modality: Modality, num_prefix: int) -> Item
             anchors.append((anchor_M + sources).where(anchor_M >= 0, -1))
             sources, targets = sources + one.num_in, targets + one.num_out
     item = ItemReport(0, modality, grid)
+    item.evidence += _encoder_evidence(
+        encoded, lambda map_TP: nn.functional.pad(map_TP, (num_prefix, 0), value=torch.nan)
+    )
     if groups:
         item.reduction = Reduction.merge(torch.cat(groups), targets, anchor_BM=torch.cat(anchors))
     return item
