@@ -28,17 +28,24 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS ?= 1
 export NO_MKDOCS_2_WARNING ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs bench clean
+.PHONY: help demo test test-fast matrix lint format docs bench clean
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:[^#]*## /\t/' | \
-	  while IFS="$$(printf '\t')" read -r name text; do printf '  make %-8s %s\n' "$$name" "$$text"; done
+	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:[^#]*## /\t/' | \
+	  while IFS="$$(printf '\t')" read -r name text; do printf '  make %-9s %s\n' "$$name" "$$text"; done
 
 demo: $(VENV)/.demo ## take a real clip through DINOv2 and HoliTom, print the table, write kept.html
 	$(BIN)/foveate show --sample $(CLIP) --recipe holitom --retain 0.15 --frames 32 --out $(REPORT) $(ARGS)
 
 test: $(VENV)/.dev ## run the whole test suite
 	$(PY) -m pytest -n $(JOBS) $(ARGS)
+
+test-fast: $(VENV)/.dev ## run it with every method on one or two model families
+	$(PY) -m pytest -n $(JOBS) -m "not matrix" $(ARGS)
+
+matrix: $(VENV)/.dev ## run every method on every family and renew docs/compatibility.md
+	$(PY) -m pytest tests/attach -n $(JOBS) --record-matrix matrix.jsonl $(ARGS)
+	$(PY) scripts/compatibility.py matrix.jsonl
 
 lint: $(VENV)/.dev ## check style, spelling, types and layering
 	$(PY) -m ruff check .

@@ -18,6 +18,7 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
 
 import pytest
 from hypothesis import HealthCheck, settings
+
 from matrix_record import MatrixRecorder, describe
 
 # Derandomised: the suite gives the same verdict on every machine and every run. Deadlines would

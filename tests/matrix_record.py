@@ -13,6 +13,7 @@ import platform
 import shlex
 import sys
 import time
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ def describe(item: pytest.Item) -> None:
     given = dict(parameters.params) if parameters else {}
     facts = {"property": marker.args[0], "method": given.pop("name"), **marker.kwargs}
     facts["family"] = given.pop("family", None) or "llava_onevision"
+    facts["place"] = [Path(item.location[0]).name, item.location[1]]
     facts["variant"] = {key: value for key, value in given.items() if _plain(value)}
     item.user_properties.append((KEY, facts))
 
@@ -58,6 +60,13 @@ class MatrixRecorder:
         self.counts = {"passed": 0, "failed": 0, "skipped": 0}
         self.began = time.perf_counter()
 
+    def _command(self, arguments: Iterable[object]) -> str:
+        """Of the run, files of this machine by their name alone."""
+        texts = [str(argument) for argument in arguments]
+        return shlex.join(
+            ["pytest", *(Path(t).name if Path(t).is_absolute() else t for t in texts)]
+        )
+
     def _write(self, mode: str, line: dict[str, Any]) -> None:
         with self.file.open(mode, encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -73,7 +82,7 @@ class MatrixRecorder:
             "w",
             {
                 "kind": "run",
-                "command": shlex.join(["pytest", *session.config.invocation_params.args]),
+                "command": self._command(session.config.invocation_params.args),
                 "date": datetime.now(UTC).date().isoformat(),
                 "foveate": foveate.__version__,
                 "torch": torch.__version__,
