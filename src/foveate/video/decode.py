@@ -394,12 +394,14 @@ class _Writer:
         np.copyto(out_CHW, self.orientation.apply(rgb_HWC.transpose(2, 0, 1)))
 
     def _convert(self, height: int, width: int) -> VideoFrame:
-        # One thread: waking others costs more than a picture this small gains.
+        is_scaled = (self.frame.height, self.frame.width) != (height, width)
+        # One thread: waking others costs more than a picture this small gains. At full size the
+        # filter only spreads colour; PyAV's own choice gives the pixels that everybody gets.
         return self.converter.reformat(
             self.frame,
             width,
             height,
             format="rgb24",
-            interpolation=self.interpolation,
+            interpolation=self.interpolation if is_scaled else "BILINEAR",
             threads=1,
         )

@@ -88,6 +88,17 @@ class Damage:
         return tuple(self.replaced)
 
     @property
+    def gaps(self) -> tuple[tuple[int, int], ...]:
+        """First and last rank of every run of frames that did not decode."""
+        found: list[list[int]] = []
+        for rank in sorted(self.replaced):
+            if found and rank == found[-1][1] + 1:
+                found[-1][1] = rank
+            else:
+                found.append([rank, rank])
+        return tuple((first, last) for first, last in found)
+
+    @property
     def reason(self) -> str:
         """What was lost, in words; empty when nothing was."""
         parts = []
