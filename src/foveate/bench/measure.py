@@ -165,7 +165,9 @@ class LiveTensors(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
-                self._count(leaf)
+                sparse = leaf.layout == torch.sparse_coo
+                for part in (leaf._indices(), leaf._values()) if sparse else (leaf,):
+                    self._count(part)
         return out
 
     def _count(self, tensor: torch.Tensor) -> None:
