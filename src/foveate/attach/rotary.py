@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from foveate import ops
+from foveate.attach.cache import ReducedLayer
 from foveate.attach.plan import SampleBudget, StepPlan
 from foveate.attach.rules import Embeddings, context_of_rule
 from foveate.core import Recipe
@@ -148,4 +149,5 @@ def ask_scale(
         # On the CPU, so that decoding steps read it without waiting for the device.
         scale_B = torch.tensor(asked, dtype=torch.float64)
         for layer in call.cache.layers:
+            assert isinstance(layer, ReducedLayer)
             layer.rotary_B = scale_B
