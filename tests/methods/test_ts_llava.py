@@ -180,7 +180,7 @@ def test_frames_and_thumbnail_in_an_image_model() -> None:
     """Four frames and a thumbnail as images: together the strided sample, then a whole image."""
     model = tiny_model("llava")
     inputs = tiny_inputs("llava", samples=(Sample(text=(2,) * 6, items=("image",) * 5),))
-    with torch.no_grad(), foveate.reduce(model, TSLLaVA(frames=4), tokens=30) as run:
+    with torch.no_grad(), foveate.reduce(model, TSLLaVA(images_as_frames=4), tokens=30) as run:
         model(**inputs)
         kept = [
             torch.arange(item.before) if item.reduction is None else item.reduction.anchor_BM[0]
@@ -192,7 +192,7 @@ def test_frames_and_thumbnail_in_an_image_model() -> None:
     assert len(kept[4]) == N
     with (
         torch.no_grad(),
-        foveate.reduce(model, TSLLaVA(frames=6), retain=0.5),
+        foveate.reduce(model, TSLLaVA(images_as_frames=6), retain=0.5),
         pytest.raises(ValueError, match="6 images as frames, this sample has 5"),
     ):
         model(**inputs)
@@ -201,7 +201,7 @@ def test_frames_and_thumbnail_in_an_image_model() -> None:
 def test_frames_without_a_sampled_token_vanish() -> None:
     model = tiny_model("llava")
     inputs = tiny_inputs("llava", samples=(Sample(text=(2,) * 6, items=("image",) * 5),))
-    with torch.no_grad(), foveate.reduce(model, TSLLaVA(frames=5), tokens=2) as run:
+    with torch.no_grad(), foveate.reduce(model, TSLLaVA(images_as_frames=5), tokens=2) as run:
         assert torch.isfinite(model(**inputs).logits).all()
     assert [item.after for item in run.report.items] == [1, 0, 0, 0, 1]
 

@@ -51,7 +51,7 @@ def test_frames_as_images(case: Case) -> None:
     T, N, _ = frame_TND.shape
     items = [*frame_TND, thumb_ND] if order == "sampled_first" else [thumb_ND, *frame_TND]
     grids = (Grid.image(1, N),) * (T + 1)
-    method, out = TSLLaVA(frames=T, order=order), []
+    method, out = TSLLaVA(images_as_frames=T, order=order), []
     budget = Budget(tokens=case.args["num_sampled"])
     for i, x_ND in enumerate(items):
         tokens = Tokens.from_grid(x_ND[None], grids[i])

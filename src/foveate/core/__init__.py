@@ -15,6 +15,7 @@ from foveate.core.context import (
 )
 from foveate.core.encoder_attention import EncoderAttentionView
 from foveate.core.evidence import Evidence, EvidenceKind, Notebook, merged_groups
+from foveate.core.frames import FramePlan, FramesContext
 from foveate.core.grid import Grid, Modality, Plane, TokenKind
 from foveate.core.method import Count, Method, relative_layer
 from foveate.core.newlines import NewlinePolicy, with_newlines, with_special
@@ -56,6 +57,8 @@ __all__ = [
     "EncoderContext",
     "Evidence",
     "EvidenceKind",
+    "FramePlan",
+    "FramesContext",
     "Grid",
     "ItemReport",
     "Kind",

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from typing import Self
 
     from foveate.core.blocks import Blocks, PrefillContext
+    from foveate.core.frames import FramePlan, FramesContext
 
 
 @dataclass(frozen=True)
@@ -133,9 +134,7 @@ class Method:
         return tuple(
             stage
             for stage in STAGES
-            # A hyper-parameter may be called "frames", too.
-            if callable(getattr(cls, stage, None))
-            and getattr(cls, stage) is not getattr(Method, stage, None)
+            if getattr(cls, stage, None) is not getattr(Method, stage, None)
         )
 
     def arguments(self) -> dict[str, Any]:
@@ -184,6 +183,14 @@ class Method:
         return Count(budget.count(grid.num_tokens))
 
     # -- stages ---------------------------------------------------------------------------------
+
+    def frames(self, context: FramesContext) -> FramePlan | None:
+        """Choose the frames of a clip that the model is shown, before they are decoded for it.
+
+        `foveate.choose_frames`, `ask` and `bench` ask it; a model to which the recipe is attached
+        sees frames only when they have been chosen. `ProjectorContext.plan` has the answer.
+        """
+        raise NotImplementedError
 
     def encoder(self, tokens: Tokens, context: EncoderContext) -> Reduction | None:
         """Reduce the sequence of one vision block; tokens [B, prefix + N, D] of all images."""

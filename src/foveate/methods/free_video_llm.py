@@ -250,8 +250,8 @@ class FreeVideoLLM(Method):
             it. A budget of the call scales it, see `Paths.scaled`.
         layout: "true" crops pooled frames as they lie (24 rows of 12 columns); "code" reads them as
             12 rows of 24, as the released code does.
-        frames: what chooses the frames of the slow path: "text", or "change" (the first and those
-            least like the frame before).
+        choose_by: what chooses the frames of the slow path: "text", or "change" (the first and
+            those least like the frame before).
 
     Raises:
         ValueError: the spec cannot be read, or a value is unknown.
@@ -269,7 +269,7 @@ class FreeVideoLLM(Method):
 
     spec: str = PUBLISHED
     layout: Layout = "true"
-    frames: Literal["text", "change"] = "text"
+    choose_by: Literal["text", "change"] = "text"
 
     card: ClassVar[Card] = Card(
         name="free_video_llm",
@@ -306,7 +306,7 @@ class FreeVideoLLM(Method):
             "The released code reads pooled frames of 24 x 12 as 12 x 24, so that a row of its box "
             'holds two rows of patches side by side: layout="code". The default is the true '
             "layout.",
-            'frames="change" is a rule that the released code has and does not call.',
+            'choose_by="change" is a rule that the released code has and does not call.',
             "The larger of two neighbouring patches, channel by channel, is no weighted sum: "
             "provenance and deepstack features of such a token are the mean of the two.",
             "Newlines that close an item stay, on top of the budget; those of rows and [CLS] "
@@ -325,8 +325,8 @@ class FreeVideoLLM(Method):
         Paths.parse(self.spec)
         if self.layout not in ("true", "code"):
             raise ValueError(f'layout must be "true" or "code", got {self.layout!r}.')
-        if self.frames not in ("text", "change"):
-            raise ValueError(f'frames must be "text" or "change", got {self.frames!r}.')
+        if self.choose_by not in ("text", "change"):
+            raise ValueError(f'choose_by must be "text" or "change", got {self.choose_by!r}.')
 
     def paths(self, grid: Grid, budget: Budget) -> Paths | None:
         """The paths of a video; None leaves it alone.
@@ -397,7 +397,7 @@ class FreeVideoLLM(Method):
         """Frames by text or change, in the order of time, int64 [num]."""
         if num >= len(x_TLD) or num == 0:
             return torch.arange(num, device=x_TLD.device)
-        if self.frames == "change":
+        if self.choose_by == "change":
             return top_change_frames(x_TLD, num)
         return ops.top_k(context.signal("text.frame_similarity")[0], num)
 

@@ -169,7 +169,7 @@ def messages(
         size: (height, width) of the thumbnail, pixels: the encoder's.
         order: whether the frames or the thumbnail come first.
         as_images: for image LLMs: every frame is an image of its own. Reduce with
-            `TSLLaVA(frames=...)` then, where the number is that of the frames shown.
+            `TSLLaVA(images_as_frames=...)` then, where the number is that of the frames shown.
         prompt: sentence before the question.
 
     Raises:
@@ -213,8 +213,8 @@ class TSLLaVA(Method):
     image. `retain` is the share of the frames' tokens; the thumbnail comes on top. O(N).
 
     Args:
-        frames: for image LLMs: how many images of a sample are the frames of one clip; they are
-            sampled as one. None: no image is.
+        images_as_frames: for image LLMs: how many images of a sample are the frames of one clip;
+            they are sampled as one. None: no image is.
         order: whether the frames or the thumbnail come first in the prompt, which tells them apart
             where both are images or `thumbnail` is "frame".
         thumbnail: "image", or "frame": the last (or first, by `order`) frame of every video is a
@@ -231,7 +231,7 @@ class TSLLaVA(Method):
     Source: arXiv 2411.11066, section 3.
     """
 
-    frames: int | None = None
+    images_as_frames: int | None = None
     order: Order = "sampled_first"
     thumbnail: Literal["image", "frame"] = "image"
 
@@ -273,8 +273,10 @@ class TSLLaVA(Method):
     )
 
     def __post_init__(self) -> None:
-        if self.frames is not None and self.frames < 1:
-            raise ValueError(f"frames must be at least 1 image (or None), got {self.frames}.")
+        if self.images_as_frames is not None and self.images_as_frames < 1:
+            raise ValueError(
+                f"images_as_frames must be at least 1 image (or None), got {self.images_as_frames}."
+            )
         if self.order not in ("sampled_first", "thumbnail_first"):
             raise ValueError(
                 f'order must be "sampled_first" or "thumbnail_first", got {self.order!r}.'
@@ -287,7 +289,7 @@ class TSLLaVA(Method):
 
         Images that are no frames keep all their tokens.
         """
-        if budget.is_full or (grid.modality == "image" and self.frames is None):
+        if budget.is_full or (grid.modality == "image" and self.images_as_frames is None):
             return Count(grid.num_tokens)
         if grid.modality == "image":
             # All of it where the image is a thumbnail; the grid does not tell.
@@ -301,7 +303,7 @@ class TSLLaVA(Method):
         """Keep this item's part of the sample.
 
         Raises:
-            ValueError: the sample has fewer images than `frames`.
+            ValueError: the sample has fewer images than `images_as_frames`.
         """
         grid, item = context.grid, context.item
         if context.budget.is_full:
@@ -329,14 +331,17 @@ class TSLLaVA(Method):
 
     def _clip(self, grids: tuple[Grid, ...]) -> list[int]:
         """Items that are frames of the clip, in order."""
-        if self.frames is None:
+        if self.images_as_frames is None:
             return []
-        images = [i for i, grid in enumerate(grids) if grid.modality == "image"]
-        if len(images) < self.frames:
+        images, num = (
+            [i for i, g in enumerate(grids) if g.modality == "image"],
+            self.images_as_frames,
+        )
+        if len(images) < num:
             raise ValueError(
-                f"ts_llava samples {self.frames} images as frames, this sample has {len(images)}."
+                f"ts_llava samples {num} images as frames, this sample has {len(images)}."
             )
-        return images[: self.frames] if self.order == "sampled_first" else images[-self.frames :]
+        return images[:num] if self.order == "sampled_first" else images[-num:]
 
     def _whole(self, grid: Grid) -> int:
         """Patches of the plane that is a thumbnail."""
