@@ -134,7 +134,9 @@ class Method:
         return tuple(
             stage
             for stage in STAGES
-            if getattr(cls, stage, None) is not getattr(Method, stage, None)
+            # A hyper-parameter of somebody else's method may be called "frames", too.
+            if callable(getattr(cls, stage, None))
+            and getattr(cls, stage) is not getattr(Method, stage, None)
         )
 
     def arguments(self) -> dict[str, Any]:
