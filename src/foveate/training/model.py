@@ -95,7 +95,7 @@ def save_pretrained(
     pixels = {
         "do_resize": True,
         "size": {"height": size.image, "width": size.image},
-        "resample": 2,
+        "resample": 3,
         "do_rescale": True,
         "do_normalize": True,
         "image_mean": [0.5, 0.5, 0.5],
