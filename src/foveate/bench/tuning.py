@@ -247,8 +247,7 @@ def _checked(recipe: Recipe, space: Mapping[str, SearchRange]) -> dict[str, Sear
     """A space of the caller's own, every argument of which some method has."""
     if not space:
         raise ValueError("space names no argument.")
-    for key, found in space.items():
-        with_values(recipe, {key: found.low})
+    for key in space:
         method, _, name = key.rpartition(".")
         owners = [step.method for step in recipe if method in ("", step.method.name)]
         if not any(name in {f.name for f in dataclasses.fields(owner)} for owner in owners):

@@ -45,10 +45,12 @@ class SearchRange:
         Whole numbers have equal shares of it.
         """
         low, high = self._ends()
-        value = low + min(max(unit, 0.0), 1.0) * (high - low)
+        value = low + unit * (high - low)
         value = math.exp(value) if self.log else value
         if self.integer:
             return int(min(max(round(value), self.low), self.high))
+        if not 0 < unit < 1:  # logarithms do not come back exactly
+            return float(self.low if unit <= 0 else self.high)
         return min(max(value, self.low), self.high)
 
     def place(self, value: float) -> float:
