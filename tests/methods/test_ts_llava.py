@@ -207,7 +207,7 @@ def test_frames_without_a_sampled_token_vanish() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"frames": 0}, {"order": "last"}, {"thumbnail": "video"}], ids=str
+    "arguments", [{"images_as_frames": 0}, {"order": "last"}, {"thumbnail": "video"}], ids=str
 )
 def test_bad_arguments(arguments: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(arguments))):
