@@ -24,7 +24,7 @@ class Letters:
     """A tokenizer: one id per letter, the last id ends a text."""
 
     def __call__(self, texts, padding, return_tensors, truncation=False, max_length=None):
-        ids = [1 + ord(letter) % 90 for letter in texts[0]][: max_length - 1] + [98]
+        ids = [*(1 + ord(letter) % 90 for letter in texts[0][: max_length - 1]), 98]
         self.asked = {"padding": padding, "length": len(ids)}
         if padding:
             ids += [0] * (max_length - len(ids))
