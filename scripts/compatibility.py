@@ -38,17 +38,27 @@ class Run:
     end: dict[str, Any]
 
     @classmethod
-    def read(cls, file: Path) -> Run:
+    def read(cls, *files: Path) -> Run:
         """Read what `pytest --record-matrix` wrote.
 
+        Args:
+            files: records of one or several runs; where two hold the same test, the later counts.
+
         Raises:
-            ValueError: the file is not of a run, or of one that was stopped.
+            ValueError: a file is not of a run, or of one that was stopped.
         """
-        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        kinds = [line.get("kind") for line in lines]
-        if kinds[:1] != ["run"] or kinds[-1:] != ["end"]:
-            raise ValueError(f"{file} is not the record of a whole run; make it anew.")
-        return cls(lines[0], [line for line in lines if line["kind"] == "test"], lines[-1])
+        heads, tests, ends = [], {}, []
+        for file in files:
+            lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+            kinds = [line.get("kind") for line in lines]
+            if kinds[:1] != ["run"] or kinds[-1:] != ["end"]:
+                raise ValueError(f"{file} is not the record of a whole run; make it anew.")
+            heads.append(lines[0])
+            ends.append(lines[-1])
+            tests |= {_key(line): line for line in lines if line["kind"] == "test"}
+        commands = "\n".join(head["command"] for head in heads)
+        end = {key: sum(end[key] for end in ends) for key in ("passed", "failed", "seconds")}
+        return cls({**heads[-1], "command": commands}, list(tests.values()), end)
 
     def of(self, **wanted: str) -> list[dict[str, Any]]:
         """Tests with these values."""
@@ -63,6 +73,12 @@ class Run:
         """What was tested, in the order of the source."""
         places = {test["property"]: tuple(test["place"]) for test in reversed(self.tests)}
         return sorted(places, key=places.__getitem__)
+
+
+def _key(test: dict[str, Any]) -> tuple[str, ...]:
+    """What names a test in every run."""
+    named = (test["property"], test["method"], test["family"])
+    return (*named, json.dumps(test["variant"], sort_keys=True))
 
 
 class Notes:
@@ -156,7 +172,7 @@ def properties_table(run: Run) -> str:
 
 def page(run: Run) -> str:
     """The page, in Markdown."""
-    head, end = run.head, run.end
+    head = run.head
     failed = sum(test["outcome"] != "passed" for test in run.tests)
     methods, families = run.names("method"), run.names("family")
     return f"""# Compatibility
@@ -171,8 +187,7 @@ python scripts/compatibility.py matrix.jsonl
 ```
 
 {head["date"]}, foveate {head["foveate"]}, transformers {head["transformers"]}, torch
-{head["torch"]}, Python {head["python"]}, {head["hardware"]}; {end["passed"]:,} tests of all kinds
-passed and {end["failed"]:,} failed in {end["seconds"]:.0f} s.
+{head["torch"]}, Python {head["python"]}, {head["hardware"]}.
 
 The models are tiny ones with random weights, of the architectures that transformers has: four
 layers, prompts of unequal length, images and videos mixed, a row without any. So the page says that
@@ -204,11 +219,13 @@ is sdpa unless said otherwise.
 def main(arguments: list[str] | None = None) -> None:
     """Write the page of a record."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("record", type=Path, help="what pytest --record-matrix wrote")
+    parser.add_argument(
+        "records", nargs="+", type=Path, help="what pytest --record-matrix wrote; later ones count"
+    )
     parser.add_argument("--out", type=Path, default=PAGE, help="the page")
     given = parser.parse_args(arguments)
     try:
-        run = Run.read(given.record)
+        run = Run.read(*given.records)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     given.out.write_text(page(run), encoding="utf-8")
