@@ -54,6 +54,30 @@ def small_report(frames: int = 4, with_pixels: bool = True) -> Report:
     )
 
 
+def with_evidence() -> Report:
+    """The same with evidence of every kind: frame 0 has heat, patch (0, 0) is an anchor."""
+    report = small_report()
+    (item,) = report.items
+    heat_N = torch.full((97,), torch.nan)
+    heat_N[:24] = torch.arange(24.0)
+    label_N = torch.full((97,), -1, dtype=torch.int32)
+    label_N[:2], label_N[3] = 7, 2
+    anchor_N, buffer_N = torch.zeros(97, dtype=torch.bool), torch.zeros(97, dtype=torch.bool)
+    anchor_N[0], buffer_N[1:3] = True, True
+    here = {"method": "thin", "stage": "projector"}
+    inside = {"method": "thin", "stage": "decoder"}
+    item.evidence += [
+        Evidence("saliency", "heat", heat_N, "a caption", **here),
+        Evidence("segment of place", "label", label_N, layer=2, **inside),
+        Evidence("segment of place", "label", label_N + 0, layer=3, **inside),
+        Evidence("anchors", "mark", anchor_N, **here),
+        Evidence("buffers", "mark", buffer_N, **here),
+        Evidence("scenes", "frames", ((1, 2),), **here),
+        Evidence("box", "boxes", ((1, 0, 1, 3, 4),), **here),
+    ]
+    return report
+
+
 def bright_frames(frames: int, height: int = 80, width: int = 120) -> torch.Tensor:
     """Light grey frames, so that what is dimmed shows."""
     return torch.full((frames, 3, height, width), 220, dtype=torch.uint8)

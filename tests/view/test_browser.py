@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from reports import bright_frames, small_report
+from reports import bright_frames, small_report, with_evidence
 
 from foveate.view import render_report
 from headless import DARK, LIGHT, needs_browser, screenshot
@@ -120,3 +120,40 @@ def test_it_follows_the_colour_scheme_and_fits_a_phone(
     assert measured(log)[2] <= 500  # nothing sticks out sideways
     page = image[3:8, 3:8].mean()
     assert page < 40 if dark else page > 230
+
+
+CHOOSE = """{
+  const choice = document.querySelector(".seen select");
+  choice.value = %r; choice.dispatchEvent(new Event("change"));
+}"""
+
+
+def test_evidence_is_painted_over_the_frames(tmp_path: Path) -> None:
+    html = render_report(with_evidence())
+    image, log = shoot(tmp_path, probed(html, CHOOSE % "0"))
+    boxes, _, _ = measured(log)
+    assert not complaints(log)
+    dark, bright = (cell(image, boxes[0], *at) for at in ((0, 1), (3, 4)))
+    assert bright.mean() > dark.mean() + 60
+    # Frame 1 has nothing noted: neither heat nor the overlay of what was dropped.
+    assert np.abs(cell(image, boxes[1], 2, 5) - 220).max() < 20
+    image, log = shoot(tmp_path, probed(html, CHOOSE % "1"))
+    assert not complaints(log)
+    label, other = (cell(image, measured(log)[0][0], *at) for at in ((0, 1), (0, 3)))
+    assert np.abs(label - other).max() > 15
+
+
+def test_evidence_answers_to_the_pointer_and_goes_again(tmp_path: Path) -> None:
+    html = render_report(with_evidence())
+    point = """
+      const v = document.querySelector(".view"), r = v.getBoundingClientRect();
+      v.dispatchEvent(new MouseEvent("click", {bubbles: true,
+        clientX: r.left + r.width * 1.3 / 6, clientY: r.top + r.height * 2.3 / 4}));
+    """
+    _, log = shoot(tmp_path, probed(html, CHOOSE % "0" + point))
+    assert not complaints(log)
+    assert measured(log)[1].endswith("0.00 s to 1.50 s · saliency 13")
+    plain, _ = shoot(tmp_path, probed(html))
+    image, log = shoot(tmp_path, probed(html, CHOOSE % "2" + CHOOSE % ""))
+    assert not complaints(log)
+    assert np.abs(image - plain).mean() < 1

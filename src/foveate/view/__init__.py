@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from foveate.view.answer import Answer, ask
     from foveate.view.draw import draw_item, draw_kept
+    from foveate.view.evidence_sheet import draw_evidence
     from foveate.view.encoders import Encoder, load_encoder
     from foveate.view.html import render_report, save_report
     from foveate.view.show import show_video
@@ -17,6 +18,7 @@ _LAZY = {
     "Answer": "foveate.view.answer",
     "Encoder": "foveate.view.encoders",
     "ask": "foveate.view.answer",
+    "draw_evidence": "foveate.view.evidence_sheet",
     "draw_item": "foveate.view.draw",
     "draw_kept": "foveate.view.draw",
     "load_encoder": "foveate.view.encoders",
@@ -29,6 +31,7 @@ __all__ = [
     "Answer",
     "Encoder",
     "ask",
+    "draw_evidence",
     "draw_item",
     "draw_kept",
     "load_encoder",

@@ -123,6 +123,15 @@ def draw_item(item: ItemReport, frames: Any = None, columns: int = 0, size: int 
         _composite(picture, plane, view.colour_M, size)
         for picture, plane in zip(pictures, view.planes, strict=True)
     ]
+    labels = [
+        f"{plane_label(view, number)}  {plane.num_tokens} of {plane.num_patches}"
+        for number, plane in enumerate(view.planes)
+    ]
+    return contact_sheet(tiles, labels, columns)
+
+
+def contact_sheet(tiles: list[Any], labels: list[str], columns: int = 0) -> Any:
+    """Pictures in rows, each with a line of text below; a `PIL.Image.Image` in RGB."""
     columns = columns or min(8, max(1, round(np.sqrt(len(tiles)))))
     tile_w, tile_h = max(t.width for t in tiles), max(t.height for t in tiles) + 20
     rows = -(-len(tiles) // columns)
@@ -131,11 +140,10 @@ def draw_item(item: ItemReport, frames: Any = None, columns: int = 0, size: int 
         "RGB", (columns * (tile_w + gap) + gap, rows * (tile_h + gap) + gap), (24, 27, 31)
     )
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
-    for number, (tile, plane) in enumerate(zip(tiles, view.planes, strict=True)):
+    for number, (tile, text) in enumerate(zip(tiles, labels, strict=True)):
         x = gap + number % columns * (tile_w + gap)
         y = gap + number // columns * (tile_h + gap)
         sheet.paste(tile, (x, y))
-        text = f"{plane_label(view, number)}  {plane.num_tokens} of {plane.num_patches}"
         pen.text((x + 2, y + tile.height + 3), text, fill=(225, 228, 232), font=font)
     return sheet
 

@@ -225,7 +225,12 @@ class EncoderPass:
         if steps:
             # Restored, because what follows (pooling, a projector) works on whole grids.
             self._stage = EncoderStage(
-                self.tower, list(steps), lambda i: budgets[i], True, self._runs.append
+                self.tower,
+                list(steps),
+                lambda i: budgets[i],
+                True,
+                self._runs.append,
+                evidence=True,
             )
 
     def __enter__(self) -> EncoderPass:

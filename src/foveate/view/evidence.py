@@ -19,15 +19,16 @@ import numpy as np
 from foveate.core.evidence import Evidence
 from foveate.core.grid import Grid, TokenKind
 from foveate.core.report import ItemReport
-from foveate.view.palette import NUM_LABEL_COLOURS, group_colours, heat_colours
+from foveate.view.palette import MARK_COLOURS, NUM_LABEL_COLOURS, group_colours, heat_colours
 
 #: Bytes of text that the evidence of one item may take; of many layers, every k-th is drawn then.
 EVIDENCE_BYTES = 700_000
 
 _NOTHING = 255
-_MARKS = 8  # as many as a byte has bits
+_MARKS = len(MARK_COLOURS)  # as many as a byte has bits
 # Attention has long tails: one patch would darken all others.
 _TAIL = 1.0
+_STRETCH = 0.25
 
 
 def patch_index(grid: Grid, planes: Iterable[int]) -> np.ndarray:
@@ -39,7 +40,9 @@ def patch_index(grid: Grid, planes: Iterable[int]) -> np.ndarray:
 
 
 def value_range(value: np.ndarray) -> tuple[float, float]:
-    """What is drawn darkest and brightest: the 1st and 99th percentile, of few values the extremes.
+    """What is drawn darkest and brightest: the extremes, but for long tails of many values.
+
+    A tail beyond the 1st or 99th percentile that would take a quarter more of the scale is cut.
 
     Example:
         >>> value_range(np.array([3.0, np.nan, 1.0]))
@@ -48,11 +51,14 @@ def value_range(value: np.ndarray) -> tuple[float, float]:
     seen = value[np.isfinite(value)]
     if seen.size == 0:
         return 0.0, 0.0
-    if seen.size >= 100:
-        low, high = np.percentile(seen, [_TAIL, 100 - _TAIL])
-        if low < high:
-            return float(low), float(high)
-    return float(seen.min()), float(seen.max())
+    least, most = float(seen.min()), float(seen.max())
+    if seen.size < 100:
+        return least, most
+    low, high = map(float, np.percentile(seen, [_TAIL, 100 - _TAIL]))
+    room = _STRETCH * (high - low)
+    if room == 0:
+        return least, most
+    return low if low - least > room else least, high if most - high > room else most
 
 
 def shades(value: np.ndarray, low: float, high: float) -> np.ndarray:
@@ -187,5 +193,6 @@ def colour_tables() -> str:
     tables = {
         "heat": _base64(heat_colours(_NOTHING)),
         "label": _base64(group_colours(NUM_LABEL_COLOURS)),
+        "mark": MARK_COLOURS,
     }
     return f"const colours = {json.dumps(tables)};\n"

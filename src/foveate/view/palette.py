@@ -15,6 +15,18 @@ _CHROMA = 0.14
 #: Colours of labels before they repeat.
 NUM_LABEL_COLOURS = 60
 
+#: Colours of rings, which differ in hue and in lightness.
+MARK_COLOURS = (
+    "#ffd84d",
+    "#4fd1ff",
+    "#ff6b8b",
+    "#9be15d",
+    "#c79bff",
+    "#ff9f45",
+    "#5ef0c8",
+    "#f2f2f2",
+)
+
 
 def group_colours(count: int) -> np.ndarray:
     """Distinct opaque colours for `count` groups, uint8 [count, 3], always the same ones.

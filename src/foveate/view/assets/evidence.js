@@ -5,8 +5,6 @@
   const heat = table(bytes(colours.heat)), label = table(bytes(colours.label));
   const css = (rgb, alpha) => `rgba(${rgb.join(",")},${alpha})`;
   const NOTHING = 255, NO_LABEL = 0xffff;
-  // Rings of several marks lie inside one another; these colours differ in hue and in lightness.
-  const MARKS = ["#ffd84d", "#4fd1ff", "#ff6b8b", "#9be15d", "#c79bff", "#ff9f45", "#5ef0c8", "#f2f2f2"];
 
   function start(root) {
     const tools = root.querySelector(".seen");
@@ -49,7 +47,7 @@
           for (let k = 0; k < marks; k++) {
             if (!((bits >> k) & 1)) continue;
             const wide = Math.max(1.5, most * 0.24), radius = Math.max(1, most - wide * (0.8 + 1.5 * ring++));
-            for (const [colour, width] of [["rgba(0,0,0,.6)", wide * 1.7], [MARKS[k], wide]]) {
+            for (const [colour, width] of [["rgba(0,0,0,.6)", wide * 1.7], [colours.mark[k], wide]]) {
               pen.strokeStyle = colour;
               pen.lineWidth = width;
               pen.beginPath();
@@ -101,16 +99,17 @@
         const [x, y, w, h] = box(r, c), half = pen.lineWidth / 2;
         pen.strokeStyle = css(label(n), 1);
         pen.beginPath();
-        edges(pen, [x + half, y + half, w - 2 * half, h - 2 * half], (dr, dc) => at(r + dr, c + dc) !== n);
+        edges(pen, [x, y, w, h], (dr, dc) => at(r + dr, c + dc) !== n, half);
         pen.stroke();
       });
     }
 
-    function edges(pen, [x, y, w, h], open) {
-      if (open(-1, 0)) { pen.moveTo(x, y); pen.lineTo(x + w, y); }
-      if (open(1, 0)) { pen.moveTo(x, y + h); pen.lineTo(x + w, y + h); }
-      if (open(0, -1)) { pen.moveTo(x, y); pen.lineTo(x, y + h); }
-      if (open(0, 1)) { pen.moveTo(x + w, y); pen.lineTo(x + w, y + h); }
+    function edges(pen, [x, y, w, h], open, inset = 0) {
+      const t = y + inset, b = y + h - inset, l = x + inset, r = x + w - inset;
+      if (open(-1, 0)) { pen.moveTo(x, t); pen.lineTo(x + w, t); }
+      if (open(1, 0)) { pen.moveTo(x, b); pen.lineTo(x + w, b); }
+      if (open(0, -1)) { pen.moveTo(l, y); pen.lineTo(l, y + h); }
+      if (open(0, 1)) { pen.moveTo(r, y); pen.lineTo(r, y + h); }
     }
 
     function paint() {
@@ -144,16 +143,16 @@
         add("span", step.low);
         add("i", "", `background:linear-gradient(90deg,${stops.join(",")})`).className = "ramp";
         add("span", step.high);
-        add("span", "white outline: kept").className = "aside";
       } else if (entry.kind === "label") {
         add("span", `${step.count} ${entry.name}`);
       } else if (entry.kind === "mark") {
         entry.names.forEach((name, k) => {
-          add("i", "", `border-color:${MARKS[k]}`).className = "ring";
+          add("i", "", `border-color:${colours.mark[k]}`).className = "ring";
           add("span", `${name} (${step.counts[k]})`);
         });
       } else add("span", `${step.boxes.length} ${entry.name}`);
-      if (entry.caption) add("span", entry.caption).className = "aside";
+      const outlined = entry.kind === "heat" && "outlined in white: kept";
+      add("span", [entry.caption, outlined].filter(Boolean).join(" · ")).className = "aside";
     }
 
     function choose() {
