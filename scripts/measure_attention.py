@@ -3,9 +3,10 @@
 python scripts/measure_attention.py [--clips 32]
 
 For every visual token: does it show a sprite (of the exact masks), and how much attention do the
-patches it stands for receive in each block of the vision tower (and FlowCut's flow), how much does it differ from the
-frame before, and how far is it from the frame's mean? Prints, for each score, the probability that
-a token with a sprite scores above one without (area under the ROC curve; 0.5 is chance).
+patches it stands for receive in each block of the vision tower, and how much flows through them
+(FlowCut), how much does it differ from the frame before, and how far is it from the frame's mean?
+Prints, for each score, the probability that a token with a sprite scores above one without (area
+under the ROC curve; 0.5 is chance).
 """
 
 from __future__ import annotations

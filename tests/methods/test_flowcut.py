@@ -93,7 +93,9 @@ def test_counts_fall_to_the_target(has_cls: bool, target: int) -> None:
     # Cuts only where an even number of blocks remains.
     last = len(lengths) - 2 if has_cls else len(lengths) - 1
     before = [41, *lengths[:-1]]
-    assert all(a == b for i, (a, b) in enumerate(zip(before, lengths, strict=True)) if (last - i) % 2)
+    assert all(
+        a == b for i, (a, b) in enumerate(zip(before, lengths, strict=True)) if (last - i) % 2
+    )
     chosen = kept(reduction)
     assert chosen == sorted(set(chosen)) and (not has_cls or chosen[0] == 0)
 
@@ -228,9 +230,7 @@ def test_every_tile_keeps_half_of_the_total() -> None:
 def test_frames_share_the_total() -> None:
     video = Grid.video(3, 4, 4)
     layouts = tuple((video, frame) for frame in range(3))
-    counts, _, _ = run_encoder(
-        FlowCut(), Budget(tokens=10), blocks(batch=3, num=17), True, layouts
-    )
+    counts, _, _ = run_encoder(FlowCut(), Budget(tokens=10), blocks(batch=3, num=17), True, layouts)
     assert sorted(counts[-1].tolist()) == [4, 4, 5]
 
 

@@ -1,8 +1,8 @@
 """FlowCut: cut a little between encoder blocks, by the information that flows through each token.
 
 Legend: B images of a call, M tokens present (prefix included), P patches of an image, U units that
-are cut as a whole (patches, or groups of them that the model merges), I images of one item, N visual
-tokens of an item or sample, S tokens of a sample, H heads, G key heads, d head channels.
+are cut as a whole (patches, or groups of them that the model merges), I images of one item,
+N visual tokens of an item or sample, H heads, G key heads, d head channels.
 """
 
 from __future__ import annotations
@@ -168,10 +168,10 @@ class FlowCut(Method):
             "Qwen2-VL": "retain 0.333, 0.222 or 0.111 (twice that before the language model)",
         },
         headline=(
-            "LLaVA-1.5-7B at 88.9 % fewer tokens: 1.6 % above the best method before; LLaVA-NeXT-7B "
-            "at 94.4 % fewer: 4.3 %; prefill 3.2 times faster (abstract)",
-            "Qwen2-VL-7B, mean of 7 sets relative to the full model: 98.7 % at retain 0.333, 96.5 % "
-            "at 0.222, 91.3 % at 0.111",
+            "LLaVA-1.5-7B at 88.9 % fewer tokens: 1.6 % above the best method before; "
+            "LLaVA-NeXT-7B at 94.4 % fewer: 4.3 %; prefill 3.2 times faster (abstract)",
+            "Qwen2-VL-7B, mean of 7 sets relative to the full model: 98.7 % at retain 0.333, "
+            "96.5 % at 0.222, 91.3 % at 0.111",
         ),
         notes=(
             "Images of a batch are cut one by one and padded inside the encoder; the released code "
@@ -181,10 +181,12 @@ class FlowCut(Method):
             "Its encoder packs all images into one row, which encoder-stage methods do not cut: "
             "there the cumulative score of the last four blocks (15/16 of it) picks 2 T groups "
             "behind the encoder, and the encoder saves nothing. Windows are not looked at.",
-            "Ours: InternVL and LLaVA-NeXT-Video merge patches and have [CLS]; they take both cuts, "
-            "as models without [CLS] do. Video settings are not published: T / frames per frame.",
-            "Newline tokens that close rows go, as in the released code; [CLS] tokens and those at "
-            "the end of an item stay on top of the budget. Inside the language model all compete.",
+            "Ours: InternVL and LLaVA-NeXT-Video merge patches and have [CLS]; they take both "
+            "cuts, as models without [CLS] do. Video settings are not published: T / frames per "
+            "frame.",
+            "Newline tokens that close rows go, as in the released code; [CLS] tokens and those "
+            "at the end of an item stay on top of the budget. Inside the language model all "
+            "compete.",
             "Where pooling windows overlap or a mosaic is scaled down, a token's score is that of "
             "its patches, pooled like the features; a patch that was cut is as it left.",
         ),
@@ -305,7 +307,9 @@ class FlowCut(Method):
             state["score"] = score_BM if to_present is None else to_present.restore(score_BM)
         if context.layer == context.num_layers - 1:
             context.carry("score", state["score"][:, prefix:])
-            context.carry("two cuts", state["two_cuts"][:, None].expand_as(state["score"])[:, prefix:])
+            context.carry(
+                "two cuts", state["two_cuts"][:, None].expand_as(state["score"])[:, prefix:]
+            )
         return reduction
 
     def _begin(self, tokens: Tokens, context: EncoderContext) -> dict[str, torch.Tensor | None]:

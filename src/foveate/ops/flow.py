@@ -68,9 +68,7 @@ def concentration(p_BN: Tensor, num_B: Tensor, eps: float = 0.0) -> Tensor:
     return (1 - share_B**2).where(num_B > 1, 0.0)
 
 
-def cut_towards(
-    num_B: Tensor, target_B: Tensor, remaining: int, concentration_B: Tensor
-) -> Tensor:
+def cut_towards(num_B: Tensor, target_B: Tensor, remaining: int, concentration_B: Tensor) -> Tensor:
     """How many tokens to drop now, `remaining` blocks before all above the target must be gone.
 
     `round((n - target) / sqrt(remaining) * concentration)`; all of them when none remains.
