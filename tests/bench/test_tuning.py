@@ -24,7 +24,7 @@ from foveate.errors import MissingDependencyError, RecipeError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "view"))
 
-from checkpoints import save_checkpoint  # noqa: E402
+from checkpoints import save_checkpoint
 
 SPACE = {"tau": SearchRange(0.5, 1.0), "beta": SearchRange(0.0, 1.0)}
 WIDE = {"x": SearchRange(-3.0, 5.0), "n": SearchRange(2, 9, integer=True)}

@@ -14,7 +14,7 @@ from foveate.cli import main
 pytest.importorskip("typer")
 sys.path.insert(0, str(Path(__file__).parents[1] / "view"))
 
-from checkpoints import save_checkpoint  # noqa: E402
+from checkpoints import save_checkpoint
 
 Run = Callable[..., tuple[int, str, str]]
 
