@@ -90,7 +90,7 @@ def _serve(
         _send(
             replies,
             {"shown": filled.shown, "suspect": list(filled.suspect)},
-            memoryview(filled.pixels_nCHW).cast("B"),
+            filled.pixels_nCHW.data.cast("B"),
         )
 
 

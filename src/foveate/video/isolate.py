@@ -156,7 +156,7 @@ class IsolatedReader:
         if not 0 <= count <= self.limits.frames:
             raise DecoderFailedError("its decoder sent nonsense", source=self.name)
         columns = np.empty((4, count), "<i8")
-        child.read_into(memoryview(columns).cast("B"), left)
+        child.read_into(columns.data.cast("B"), left)
         pts_F, position_F, key_F, disposable_F = columns
         table = PacketTable(
             pts_F.astype(np.int64),
@@ -216,7 +216,7 @@ class IsolatedStream:
 
     def _receive(self, child: _Child, count: int) -> Filled:
         pixels_nCHW = np.empty((count, 3, *self._request["size"]), np.uint8)
-        flat = memoryview(pixels_nCHW).cast("B")
+        flat = pixels_nCHW.data.cast("B")
         shown: list[int] = []
         suspect: list[int] = []
         # Pixels come in parts, so that the process need not hold a large request whole.

@@ -60,5 +60,5 @@ class Orientation:
         """Turn pictures [..., H, W] (a view)."""
         if self.transpose:
             pixels_CHW = np.swapaxes(pixels_CHW, -2, -1)
-        axes = [axis for axis, flip in ((-2, self.flip_y), (-1, self.flip_x)) if flip]
+        axes = tuple(axis for axis, flip in ((-2, self.flip_y), (-1, self.flip_x)) if flip)
         return np.flip(pixels_CHW, axes) if axes else pixels_CHW

@@ -15,7 +15,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, suppress
 from typing import Any, NamedTuple
 
@@ -283,7 +283,7 @@ class _CarefulRun(_Run):
                     decoded.write(self.board.row(slot, self.tick))
                     self.board.commit(slot, decoded.rank)
 
-    def _frames(self, groups: Sequence[Group]) -> Iterator[Decoded]:
+    def _frames(self, groups: Sequence[Group]) -> Generator[Decoded]:
         if not hasattr(self.reader, "session"):
             for decoded in self.reader.decode(groups):
                 self.tick()
