@@ -17,8 +17,9 @@ from method_table import METHOD_TABLE
 import foveate
 from foveate.core import Budget, Card, Method, Recipe, Reduction, Step
 
-#: Methods whose papers have nothing to show: they draw lots, count, or only change attention.
-WITHOUT = {"random", "uniform", "vista_llama"}
+#: Methods whose papers have nothing to show: they draw lots, count, or only change attention,
+#: positions or storage.
+WITHOUT = {"intp", "random", "uniform", "vista_llama"}
 
 
 def _card(name: str, *stages: str) -> Card:
