@@ -101,10 +101,7 @@ class ReducedLayer(DynamicLayer):
 
     def keep(self, index_BK: torch.Tensor, valid_BK: torch.Tensor | None) -> None:
         """Keep the slots `index_BK` (in that order); `valid_BK` marks the real ones."""
-        keys, values = self.kv
-        index = index_BK[:, None, :, None]
-        self.keys = keys.gather(2, index.expand(-1, keys.shape[1], -1, keys.shape[-1]))
-        self.values = values.gather(2, index.expand(-1, values.shape[1], -1, values.shape[-1]))
+        self.keys, self.values = (_take_slots(part, index_BK) for part in self.kv)
         self.valid_BT = valid_BK
         if self.unrotated_BT is not None:
             self.unrotated_BT = self.unrotated_BT.gather(1, index_BK)
@@ -155,6 +152,14 @@ class ReducedLayer(DynamicLayer):
             value = getattr(self, name)
             if value is not None:
                 setattr(self, name, value[index.to(value.device)])
+
+
+def _take_slots(x_BGTd: torch.Tensor, index_BK: torch.Tensor) -> torch.Tensor:
+    """The slots `index_BK` of every sample, [B, G, K, d]."""
+    if index_BK.shape[0] == 1:
+        return x_BGTd.index_select(2, index_BK[0])  # copies whole rows
+    index = index_BK[:, None, :, None]
+    return x_BGTd.gather(2, index.expand(-1, x_BGTd.shape[1], -1, x_BGTd.shape[-1]))
 
 
 #: What a layer knows of every sample or slot; the batch is its first dimension.

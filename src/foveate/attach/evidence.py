@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from foveate.attach.layer_attention import AheadView, embeddings_of_rows, past_of
+from foveate.attach.layer_attention import ahead_view, embeddings_of_rows, past_of, rows_of
 from foveate.attach.noting import sample_notebook
 from foveate.attach.plan import StepPlan
 from foveate.attach.rules import rule_of_rows
@@ -138,12 +138,6 @@ def places(seen_S: torch.Tensor, present_S: torch.Tensor) -> torch.Tensor:
     return place_S.where(seen_S[place_S] == present_S, -1)
 
 
-def rows_of(x_BLD: torch.Tensor, sample: int, rows_S: torch.Tensor) -> torch.Tensor:
-    """Rows of one sample, [1, S, D]; without padding they are no copy."""
-    one_1LD = x_BLD[sample : sample + 1]
-    return one_1LD if rows_S.shape[0] == x_BLD.shape[1] else one_1LD[:, rows_S]
-
-
 def _ahead(
     call: DecoderCall, layer: int, sample: int, rows_S: torch.Tensor, hidden_BLD: torch.Tensor
 ) -> AttentionView:
@@ -151,7 +145,7 @@ def _ahead(
     modules, cached = call.modules[layer], call.layer_cache(layer)
     num_past = 0 if cached is None else cached.length
     with torch.no_grad():
-        return AheadView(
+        return ahead_view(
             modules.attention,
             modules.norm(rows_of(hidden_BLD, sample, rows_S)),
             embeddings_of_rows(call.embeddings_of(layer, hidden_BLD), sample, rows_S),
