@@ -218,11 +218,12 @@ def test_features_computed_beforehand(name, family):
     inputs = tiny_inputs(family, samples=(Sample(seed=0),))
     other = tiny_inputs(family, samples=(Sample(seed=7),))
     text = {k: v for k, v in inputs.items() if k in ("input_ids", "attention_mask")}
-    text |= {k: v for k, v in inputs.items() if k in ("mm_token_type_ids", "image_grid_thw")}
+    layout = ("image_grid_thw", "image_merge_sizes")
+    text |= {k: v for k, v in inputs.items() if k in ("mm_token_type_ids", *layout)}
 
     def features(given):
         arguments = {k: v for k, v in given.items() if k in ("pixel_values", "image_sizes")}
-        arguments |= {k: v for k, v in given.items() if k == "image_grid_thw"}
+        arguments |= {k: v for k, v in given.items() if k in layout}
         with torch.no_grad():
             return adapter.base(model).get_image_features(**arguments, return_dict=True)
 
