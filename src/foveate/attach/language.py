@@ -25,18 +25,22 @@ from foveate.attach.masks import MaskMaker
 from foveate.attach.noting import Trails
 from foveate.attach.plan import is_compact, plan_cache, plan_decoder
 from foveate.attach.prompt import PromptReducer, find_items
-from foveate.attach.quantised import QuantisedLayer, plan_storage
-from foveate.attach.rotary import Rotary, ask_scale, plan_rotary
+from foveate.attach.quantised import exempt_samples, plan_storage
+from foveate.attach.rotary import ask_scale, note_frames, plan_rotary, rotary_of
 from foveate.attach.rules import ask_rules, plan_rules
-from foveate.attach.sequence import Sequence, VisualItem, split_deepstack, visual_rows
+from foveate.attach.sequence import (
+    Sequence,
+    VisualItem,
+    position_rows,
+    split_deepstack,
+    valid_columns,
+    visual_rows,
+)
 from foveate.attach.single import OfOneModel
 from foveate.core import Budget, LayerModule, Recipe, Report
 from foveate.errors import AttachmentError
 from foveate.models.adapter import Adapter
 from foveate.models.companion import Companion
-
-#: All families with an adapter are so; encoders that are not take `foveate.models.windowed`.
-FRAME_BY_FRAME = "this encoder works frame by frame, so the rearrangement is the identity"
 
 
 @dataclass(eq=False)
@@ -97,9 +101,7 @@ class LanguageStage(OfOneModel):
         self.decoder_steps = plan_decoder(recipe, adapter, model, self._sample_budget)
         self.cache_steps = plan_cache(recipe, len(self.layers), self._sample_budget)
         self.rule_steps = plan_rules(recipe, adapter.text_config(model), self._sample_budget)
-        self.rotary_step = plan_rotary(
-            recipe, self._rotary_module, adapter.text_config(model), self._sample_budget
-        )
+        self.rotary_step = plan_rotary(recipe, adapter, model, self._sample_budget)
         self.make_layer = plan_storage(recipe)
         self.attentions = adapter.text_attentions(model)
         self.blockwise = plan_blockwise(recipe, adapter, self.cache_steps)
@@ -117,10 +119,6 @@ class LanguageStage(OfOneModel):
             self.value_layers |= read if step.method.reads_values else frozenset()
         self.compact = is_compact(recipe, adapter)
         self.state = _CallState()
-
-    @property
-    def _rotary_module(self) -> Any:
-        return getattr(self.text_model, "rotary_emb", None)
 
     def _sample_budget(self, index: int) -> Callable[[int], Budget]:
         return lambda sample: self.settings.step_budget(index).sample(sample, self.state.repeats)
@@ -242,9 +240,8 @@ class LanguageStage(OfOneModel):
         use_cache = kwargs.get("use_cache")
         if cache is not None or (config.use_cache if use_cache is None else use_cache):
             cache = adopt(cache, config, len(self.layers), mask, self.make_layer)
-        num_past = 0 if cache is None else cache.get_seq_length()
-        valid = _valid(mask, length)
-        positions = _positions(kwargs.get("position_ids"), embeds, cache)
+        valid = valid_columns(mask, length)
+        positions = position_rows(kwargs.get("position_ids"), embeds, cache)
         deepstack = split_deepstack(
             kwargs.pop("visual_pos_masks", None), kwargs.pop("deepstack_visual_embeds", None)
         )
@@ -281,14 +278,9 @@ class LanguageStage(OfOneModel):
         call.trails = Trails.of(call) if self.settings.evidence else None
         if self.rule_steps:
             positions = ask_rules(call, self.rule_steps, positions)
-        for layer in () if cache is None else cache.layers:
-            if isinstance(layer, QuantisedLayer):
-                layer.exempt([visual.num == 0 for visual in sequence.visual])
-        if self.rotary_step is not None:
-            window = config.max_position_embeddings
-            ask_scale(call, self.rotary_step, positions, num_past, window)
-        if any(step.method.interleaves_frames for step in self.settings.recipe):
-            report.notes.append(FRAME_BY_FRAME)
+        exempt_samples(cache, sequence)
+        ask_scale(call, self.rotary_step, positions, config)
+        note_frames(report, self.settings.recipe)
         if self.blockwise is not None:
             call.blockwise = begin_blockwise(call, self.blockwise, embeds, config)
         return self._model_inputs(kwargs, call, embeds, positions)
@@ -328,21 +320,15 @@ class LanguageStage(OfOneModel):
         cache, mask = kwargs["past_key_values"], kwargs.get("attention_mask")
         batch, length = embeds.shape[:2]
         # A single new token is never padding, and asking would wait for the device at every step.
-        valid = _valid(mask, length) if length > 1 else None
-        positions = _positions(kwargs.get("position_ids"), embeds, cache)
-        nothing = visual_rows([], [], embeds.device)
-        sequence = Sequence(length, valid, [nothing] * batch)
+        valid = valid_columns(mask, length) if length > 1 else None
+        positions = position_rows(kwargs.get("position_ids"), embeds, cache)
+        sequence = Sequence(length, valid, [visual_rows([], [], embeds.device)] * batch)
         call = self._open_call(module.config, embeds, sequence, length, cache)
         return self._model_inputs(kwargs, call, embeds, positions)
 
     def _open_call(
         self, config: Any, embeds: torch.Tensor, sequence: Sequence, num_tokens: int, cache: Any
     ) -> DecoderCall:
-        rotary = None
-        if self._rotary_module is not None:
-            scale_B = None if cache is None else cache.layers[0].rotary_B
-            scale = None if scale_B is None else scale_B.tolist()
-            rotary = Rotary(self._rotary_module, self.adapter.mrope, scale)
         self.state.call = DecoderCall(
             sequence=sequence,
             items=[],
@@ -354,7 +340,7 @@ class LanguageStage(OfOneModel):
             num_layers=len(self.layers),
             modules=self.modules,
             mask_only=self.settings.mask_only,
-            rotary=rotary,
+            rotary=rotary_of(self.text_model, self.adapter, cache),
         )
         return self.state.call
 
@@ -399,9 +385,6 @@ class LanguageStage(OfOneModel):
             call = self.state.call
             if call is None:
                 return None
-            if not call.items:
-                call.settle(index)
-                return None
             hidden = output[0] if isinstance(output, tuple) else output
             changed = call.leave_layer(index, hidden)
             if changed is hidden:
@@ -433,25 +416,3 @@ class LanguageStage(OfOneModel):
             observe(call, index, name, hidden, output[0] if isinstance(output, tuple) else output)
 
         return hook
-
-
-def _valid(mask: torch.Tensor | None, length: int) -> torch.Tensor | None:
-    """Which of the last `length` columns are real, bool [B, L]; None when all are."""
-    valid_BL = None if mask is None else mask[:, -length:].bool()
-    return None if valid_BL is None or bool(valid_BL.all()) else valid_BL
-
-
-def _positions(position_ids: torch.Tensor | None, embeds: torch.Tensor, cache: Any) -> torch.Tensor:
-    """Position ids as int64 [P, B, L], P = 1 for text and 3 or 4 with M-RoPE, moved down by what
-    earlier turns were renumbered by."""
-    batch, length = embeds.shape[:2]
-    if position_ids is None:
-        seen = 0 if cache is None else cache.get_seq_length()
-        position_ids = torch.arange(seen, seen + length, device=embeds.device)[None]
-    if position_ids.dim() == 2:
-        position_ids = position_ids[None]
-    position_ids = position_ids.expand(-1, batch, -1)
-    shift_B = None if cache is None else cache.layers[0].shift_B
-    if shift_B is None:
-        return position_ids
-    return (position_ids - shift_B[None, :, None]).clamp(min=0)

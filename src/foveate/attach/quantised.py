@@ -13,7 +13,7 @@ Legend: B batch, G key heads, T slots, Q stored tokens, R tokens in full precisi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache
 
 from foveate import ops
 from foveate.attach.cache import ReducedLayer
+from foveate.attach.sequence import Sequence
 from foveate.core import CacheStorage, Recipe, Report
 from foveate.ops.quantise import Quantised
 
@@ -35,6 +36,14 @@ def plan_storage(recipe: Recipe) -> Callable[[], ReducedLayer]:
         if storage is not None:
             return lambda: QuantisedLayer(storage)
     return ReducedLayer
+
+
+def exempt_samples(cache: Cache | None, sequence: Sequence) -> None:
+    """Tell the layers at every prompt which samples have no visual tokens."""
+    without_visual = [visual.num == 0 for visual in sequence.visual]
+    for layer in () if cache is None else cache.layers:
+        if isinstance(layer, QuantisedLayer):
+            layer.exempt(without_visual)
 
 
 def note_storage(cache: Cache, report: Report) -> None:
@@ -158,7 +167,7 @@ class QuantisedLayer(ReducedLayer):
         if self._whole[0] is None and self.recent is not None:
             self._whole = [self._all(0), self._all(1)]
 
-    def exempt(self, without_visual: Sequence[bool]) -> None:
+    def exempt(self, without_visual: list[bool]) -> None:
         """Leave samples alone that have had no visual tokens so far; asked at every prompt."""
         if self._asked and self.exempt_B is None:
             return

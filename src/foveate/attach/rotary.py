@@ -13,18 +13,22 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from foveate import ops
 from foveate.attach.cache import ReducedLayer
 from foveate.attach.plan import SampleBudget, StepPlan
 from foveate.attach.rules import Embeddings, context_of_rule
-from foveate.core import Recipe
+from foveate.core import Recipe, Report
 from foveate.core.method import overrides
 from foveate.errors import AttachmentError
+from foveate.models.adapter import Adapter
 
 if TYPE_CHECKING:
     from foveate.attach.decoder import DecoderCall
 
+#: All families with an adapter are so; encoders that are not take `foveate.models.windowed`.
+FRAME_BY_FRAME = "this encoder works frame by frame, so the rearrangement is the identity"
 #: Rotary embeddings that choose their frequencies anew in every call.
 _MOVING = ("dynamic", "longrope")
 
@@ -95,7 +99,18 @@ def _stretched(module: Any, scale: float) -> Any:
     return clone
 
 
-def plan_rotary(recipe: Recipe, module: Any, config: Any, budget: SampleBudget) -> StepPlan | None:
+def rotary_of(text_model: Any, adapter: Adapter, cache: Any) -> Rotary | None:
+    """The rotary embedding of a language model, stretched as a cache's keys are."""
+    module = getattr(text_model, "rotary_emb", None)
+    if module is None:
+        return None
+    scale_B = None if cache is None else cache.layers[0].rotary_B
+    return Rotary(module, adapter.mrope, None if scale_B is None else scale_B.tolist())
+
+
+def plan_rotary(
+    recipe: Recipe, adapter: Adapter, model: nn.Module, budget: SampleBudget
+) -> StepPlan | None:
     """The method of a recipe that stretches rotary positions, None when there is none.
 
     Raises:
@@ -105,6 +120,7 @@ def plan_rotary(recipe: Recipe, module: Any, config: Any, budget: SampleBudget) 
     if not found:
         return None
     method = recipe.steps[found[0]].method
+    module: Any = getattr(adapter.language_model(model), "rotary_emb", None)
     kind = getattr(module, "rope_type", "default")
     if not isinstance(kind, str) or kind in _MOVING or not hasattr(module, "inv_freq"):
         raise AttachmentError(
@@ -112,29 +128,39 @@ def plan_rotary(recipe: Recipe, module: Any, config: Any, budget: SampleBudget) 
             f"are of the type {kind!r}, which it scales by itself or not by frequencies. "
             f'Use "{method.name}@cache" where only the cache matters.'
         )
-    if getattr(config, "max_position_embeddings", None) is None:
+    if getattr(adapter.text_config(model), "max_position_embeddings", None) is None:
         raise AttachmentError(f"{method.name}: this model does not say how many positions it has.")
     return StepPlan(found[0], method, frozenset(), budget(found[0]))
 
 
+def note_frames(report: Report, recipe: Recipe) -> None:
+    """Say what became of frames that a method wants to deal out."""
+    if any(step.method.interleaves_frames for step in recipe):
+        report.notes.append(FRAME_BY_FRAME)
+
+
 def ask_scale(
-    call: DecoderCall, step: StepPlan, position_PBL: torch.Tensor, num_past: int, window: int
+    call: DecoderCall, step: StepPlan | None, position_PBL: torch.Tensor, config: Any
 ) -> None:
     """Fix the scale of every sample for this prompt and all that follows on its cache.
 
     A cache that holds tokens keeps what it has.
     """
+    if step is None:
+        return
     assert call.rotary is not None
     asked = []
     for sample, visual in enumerate(call.sequence.visual):
         scale = 1.0
         if visual.num and not step.budget(sample).is_full:
-            context = context_of_rule(call, step, sample, position_PBL, window)
+            context = context_of_rule(
+                call, step, sample, position_PBL, config.max_position_embeddings
+            )
             scale = float(step.method.rotary_scale(context))
             if not 1 <= scale < float("inf"):
                 raise ValueError(f"{step.method.name}: rotary_scale must be at least 1: {scale}.")
         asked.append(scale)
-    if num_past:
+    if call.cache is not None and call.cache.get_seq_length():
         known = call.rotary.scale or [1.0] * len(asked)
         if any(new > old for new, old in zip(asked, known, strict=True)):
             call.report.notes.append(

@@ -10,6 +10,7 @@ D channels, P rows of position ids (1, or 3-4 with M-RoPE).
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -240,3 +241,27 @@ def split_deepstack(
         return []
     counts = mask_BL.sum(dim=1).tolist()
     return [list(level.split(counts)) for level in levels]
+
+
+def valid_columns(mask: torch.Tensor | None, length: int) -> torch.Tensor | None:
+    """Which of the last `length` columns are real, bool [B, L]; None when all are."""
+    valid_BL = None if mask is None else mask[:, -length:].bool()
+    return None if valid_BL is None or bool(valid_BL.all()) else valid_BL
+
+
+def position_rows(
+    position_ids: torch.Tensor | None, embeds: torch.Tensor, cache: Any
+) -> torch.Tensor:
+    """Position ids as int64 [P, B, L], P = 1 for text and 3 or 4 with M-RoPE, moved down by what
+    earlier turns were renumbered by."""
+    batch, length = embeds.shape[:2]
+    if position_ids is None:
+        seen = 0 if cache is None else cache.get_seq_length()
+        position_ids = torch.arange(seen, seen + length, device=embeds.device)[None]
+    if position_ids.dim() == 2:
+        position_ids = position_ids[None]
+    position_ids = position_ids.expand(-1, batch, -1)
+    shift_B = None if cache is None else cache.layers[0].shift_B
+    if shift_B is None:
+        return position_ids
+    return (position_ids - shift_B[None, :, None]).clamp(min=0)
