@@ -107,7 +107,7 @@ def test_the_frame_of_the_text_is_sharp(needle: int) -> None:
     assert needle in times.tolist() and times.diff().ge(0).all()
 
 
-@pytest.mark.parametrize("corner", [(0, 0), (0, 5), (6, 3), (5, 8)])
+@pytest.mark.parametrize("corner", [(0, 0), (0, 4), (6, 2), (5, 8)])
 def test_the_block_of_the_text_is_inside_the_box(corner: tuple[int, int]) -> None:
     grid = Grid.video(3, 12, 12)
     text_E = torch.tensor([1.0, 0, 0, 0])
