@@ -348,7 +348,7 @@ def test_damage_side_by_side(lost, chunk, gop_video, decoded, eager):
     suspect = {rank for c in chunks for rank in c.damage.suspect}
     assert missing | suspect
     sound = [rank for rank in range(60) if rank not in missing | suspect]
-    assert len(sound) >= 60 - 12 * 3 and 45 in sound or 50 in lost
+    assert (len(sound) >= 60 - 12 * 3 and 45 in sound) or 50 in lost
     if chunk > 1:  # in chunks of one, a frame is given before those behind it can be missed
         np.testing.assert_array_equal(pixels[sound], reference[sound])
     for part in chunks:

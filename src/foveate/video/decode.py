@@ -74,7 +74,9 @@ class Reader(Protocol):
         """Decode groups of a plan one after the other, giving at least their wanted frames.
 
         Frames come in presentation order; others met on the way may be given, too (they stand in
-        for damaged neighbours). A frame that cannot be decoded is left out, not raised.
+        for damaged neighbours, and one that is not given counts as lost unless the reader has an
+        attribute ``gives_every_frame = False``). A frame that cannot be decoded is left out, not
+        raised.
         """
         ...
 

@@ -341,6 +341,7 @@ class DecodeStream:
         self._threads = threads
         self._timeout = timeout
         self._can_be_fast = table.is_regular and hasattr(reader, "session")
+        self._tells_losses = getattr(reader, "gives_every_frame", True)
         self._run: _Run | None = None
         self._careful_count = _CAREFUL
         self._careful: list[_CarefulRun] = []
@@ -435,7 +436,7 @@ class DecodeStream:
         """Frames of a chunk that came from careful runs and follow a loss."""
         found: list[int] = []
         self._careful = [run for run in self._careful if run.end > first]
-        for run in self._careful:
+        for run in self._careful if self._tells_losses else ():
             part = self._ranks[max(first, run.first) : min(end, run.end)]
             if part:
                 log = run.log

@@ -24,7 +24,8 @@ class TorchCodecReader:
 
     PyAV still lists the packets, so that frames have the numbers and times they have elsewhere;
     torchcodec makes the pixels, in one thread of ours with its own codec threads. Its colour
-    conversion may differ from PyAV's by rounding.
+    conversion may differ from PyAV's by rounding, and it does not tell which frames follow a
+    damaged one (`Damage.suspect` stays empty).
 
     Args:
         source: path or bytes.
@@ -38,6 +39,8 @@ class TorchCodecReader:
         UnsupportedVideoError: torchcodec numbers the frames of this file in another way (edit
             lists, streams without timestamps).
     """
+
+    gives_every_frame = False
 
     def __init__(
         self,
