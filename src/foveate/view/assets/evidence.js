@@ -74,11 +74,14 @@
       for (let r = 0; r < v.h; r++) for (let c = 0; c < v.w; c++) draw(r, c, value[v.at + r * v.w + c]);
     }
 
+    function isWhole(v) {
+      for (let r = 0; r < v.h; r++) for (let c = 0; c < v.w; c++) if (!root.isKept(v, r, c)) return false;
+      return true;
+    }
+
     // Lines between cells of which one is inside and the other is not.
     function outline(pen, v, box, inside, colour) {
-      let all = true;
-      for (let r = 0; r < v.h && all; r++) for (let c = 0; c < v.w && all; c++) all = inside(r, c);
-      if (all) return;
+      if (isWhole(v)) return;
       const at = (r, c) => r >= 0 && c >= 0 && r < v.h && c < v.w && inside(r, c);
       for (const [style, width] of [["rgba(0,0,0,.55)", 2.6], [colour, 1.3]]) {
         pen.strokeStyle = style;
@@ -151,7 +154,7 @@
           add("span", `${name} (${step.counts[k]})`);
         });
       } else add("span", `${step.boxes.length} ${entry.name}`);
-      const outlined = entry.kind === "heat" && "outlined in white: kept";
+      const outlined = entry.kind === "heat" && !views.every(isWhole) && "outlined in white: kept";
       add("span", [entry.caption, outlined].filter(Boolean).join(" · ")).className = "aside";
     }
 
