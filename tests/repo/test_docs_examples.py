@@ -37,6 +37,8 @@ def test_concepts_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     module = run("docs/concepts.md", monkeypatch)
     assert (tmp_path / "recipe.json").exists()
+    assert [noted.name for noted in module.report.items[0].evidence] == ["attention"]
+    assert (tmp_path / "saw.html").stat().st_size > 10_000
     assert module.merge.apply(module.x_BND).tolist() == [[[1, 2], [4, 5]]]
     assert module.merge.matrix().tolist() == [[[0.5, 0.5, 0, 0], [0, 0, 1, 0]]]
 
