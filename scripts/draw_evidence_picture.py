@@ -17,7 +17,11 @@ from foveate.view import draw_evidence, show_video
 ROWS = (
     ("fopru", ("significance",), "FoPru: significance in the encoder's attention, dark to bright"),
     ("visionzip", ("contextual groups",), "VisionZip: patches that become one contextual token"),
-    ("hiprune", ("anchors", "buffers", "registers"), "HiPrune: anchors yellow, buffers blue, registers red"),
+    (
+        "hiprune",
+        ("anchors", "buffers", "registers"),
+        "HiPrune: anchors yellow, buffers blue, registers red",
+    ),
     ("todre", ("order of choice",), "ToDRE: order of choice, first dark; each unlike those before"),
 )
 PLANES = (1, 3, 4, 6)

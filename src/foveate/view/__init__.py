@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from foveate.view.answer import Answer, ask
     from foveate.view.draw import draw_item, draw_kept
-    from foveate.view.evidence_sheet import draw_evidence
     from foveate.view.encoders import Encoder, load_encoder
+    from foveate.view.evidence_sheet import draw_evidence
     from foveate.view.html import render_report, save_report
     from foveate.view.show import show_video
 
