@@ -39,4 +39,21 @@ class Preset:
 
 
 #: Name -> recipe. What each is worth, and the search: docs/combined-recipes.md.
-PRESETS: Mapping[str, Preset] = {}
+PRESETS: Mapping[str, Preset] = {
+    "lean": Preset(
+        "tome(retain=0.3) + vidcom2",
+        "original",
+        "Few tokens in the vision encoder and in the prompt: the most accurate at a tight budget.",
+    ),
+    "light": Preset(
+        "tome(retain=0.5) + divprune",
+        "original",
+        "Half of the encoder's tokens, and of the prompt's those that differ most.",
+    ),
+    "two_step": Preset(
+        "vidcom2 + lvlm_csp",
+        "original",
+        "For encoders that must stay whole: half of the way before the language model, half "
+        "inside it.",
+    ),
+}
