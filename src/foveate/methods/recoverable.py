@@ -8,6 +8,7 @@ kept by vision, recovered by text, centres.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -312,7 +313,9 @@ class Recoverable(Method):
         if budget.is_full:
             return None
         sizes = [plane.num_patches for plane in grid.planes]
-        kept = [None] * len(sizes) if budget.published else budget.split(sizes)
+        kept: Sequence[int | None] = [None] * len(sizes)
+        if not budget.published:
+            kept = budget.split(sizes)
         (view,) = context.encoder_attentions()
         view = view.joined()
         vision_N = view.to_tokens(view.cls() if view.has_cls else view.received())[0]
@@ -425,7 +428,7 @@ class _Targets:
 
 
 def _batches(
-    grid: Grid, kept: list[int | None] | list[int], device: torch.device
+    grid: Grid, kept: Sequence[int | None], device: torch.device
 ) -> list[tuple[torch.Tensor, int | None]]:
     """The patches of planes of equal size and share among the item's tokens, int64 [T, L]."""
     patch_P = grid.patch_index(device)

@@ -55,7 +55,7 @@ class Companion:
         batch: int = 32,
     ) -> None:
         config: Any = getattr(model, "config", None)
-        vision = getattr(config, "vision_config", None)
+        vision: Any = getattr(config, "vision_config", None)
         missing = [
             name for name in ("get_text_features", "get_image_features") if not hasattr(model, name)
         ]
@@ -162,7 +162,7 @@ class Companion:
         return states_TPC.unflatten(1, (h, w))
 
 
-def _decoder(decode: Any) -> Callable[[list[int]], str]:
+def _decoder(decode: Any) -> Callable[[list[int]], Any]:
     decode = getattr(decode, "tokenizer", decode)
     if hasattr(decode, "decode"):
         return lambda ids: decode.decode(ids, skip_special_tokens=True)
