@@ -61,7 +61,7 @@ def ask(generator: Generator, batch: list[Prompt], later: bool, tokens: int) -> 
     return [decode(row, skip_special_tokens=True).strip() for row in out[:, ids.shape[1] :]]
 
 
-def main(clips: int, lengths: list[int], window: int) -> None:
+def main(clips: int, lengths: list[int], window: int, chosen: list[str], once: bool) -> None:
     """Measure and print."""
     torch.set_num_threads(1)
     model, processor = foveate.embedded()
@@ -75,7 +75,9 @@ def main(clips: int, lengths: list[int], window: int) -> None:
         print(f"{frames} frames: {total:,} questions, {tokens} visual tokens, prompts to {longest}")
         for name, recipe in recipes(window).items():
             cells = []
-            for later in (False, True):
+            if name not in chosen:
+                continue
+            for later in (False,) if once else (False, True):
                 run: Any = nullcontext() if recipe is None else foveate.reduce(model, recipe)
                 right = 0
                 with run:
@@ -94,5 +96,7 @@ if __name__ == "__main__":
     parser.add_argument("--clips", type=int, default=40)
     parser.add_argument("--frames", type=int, nargs="+", default=[16, 32, 64])
     parser.add_argument("--window", type=int, default=272, help="positions of 16 frames")
+    parser.add_argument("--recipes", nargs="+", default=list(recipes(1)), choices=recipes(1))
+    parser.add_argument("--once", action="store_true", help="only questions in one prompt")
     given = parser.parse_args()
-    main(given.clips, given.frames, given.window)
+    main(given.clips, given.frames, given.window, given.recipes, given.once)
