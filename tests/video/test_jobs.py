@@ -56,7 +56,8 @@ def test_side_by_side_only_where_it_pays():
     assert 8 <= len(both.groups) <= 50
     assert schedule(table_of(5000, [0]), range(5000), 4)[2:] == (1, 4)
     assert schedule(table_of(60, range(0, 60, 12)), range(60), 2)[2:] == (1, 2)
-    assert schedule(table_of(5000, [0, 2500]), range(5000), 8)[2:] == (2, 4)
+    assert schedule(table_of(5000, [0, 2500]), range(5000), 8)[2:] == (1, 8)
+    assert schedule(table_of(5000, [0, 2500]), range(5000), 2)[2:] == (2, 1)
     # Frames that cannot be told apart are read in a row.
     odd = table_of(5000, range(0, 5000, 100), is_regular=False)
     assert schedule(odd, range(5000), 4)[2:] == (1, 4)

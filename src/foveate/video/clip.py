@@ -79,7 +79,7 @@ class Clip:
         self._threads = _checked_threads(threads)
         self._timeout = timeout
         self._pixels_TCHW: Tensor | None = None if reader else pixels_from(source)
-        self._reader: Reader | None = reader
+        self._reader: Reader | IsolatedReader | None = reader
         if self._pixels_TCHW is not None:
             self._table, self.info = memory_facts(self._pixels_TCHW, 1.0 if fps is None else fps)
             self.name = f"{type(source).__name__} of {len(self)} frames"

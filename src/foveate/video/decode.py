@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 # Packets to try for a first picture, which alone tells the rotation.
 _PROBE_PACKETS = 64
+# Packets of a file that are kept until it is first read.
+_HEAD_BYTES = 4 << 20
 # The code for "unspecified" in FFmpeg's enumerations of colour.
 _UNSPECIFIED = 2
 
@@ -136,6 +138,7 @@ class PyAVReader:
         self.interpolation = interpolation
         self.max_frames = max_frames
         self._scan: Scan | None = None
+        self._head: _Head | None = None
 
     @property
     def max_sessions(self) -> int:
@@ -149,7 +152,8 @@ class PyAVReader:
                 self._scan = self._read_table(container)
                 # Opening has cost as much as decoding some ten frames: keep it for the first read.
                 if self._can_rewind(self._scan):
-                    self.source.keep(container)
+                    self.source.keep(container, self._head)
+                self._head = None
         return self._scan
 
     def decode(self, groups: Iterable[Group]) -> Iterator[Decoded]:
@@ -219,17 +223,15 @@ class PyAVReader:
         context = stream.codec_context
         found: list[Packet] = []
         discarded = 0
-        picture: Any = None
+        head = _Head()
         set_threads(context, self.threads)
         parse = PacketParser(context.name, context.extradata)
         layers = []
         for position, packet in enumerate(packets.demux(container, stream)):
-            if picture is None and position < _PROBE_PACKETS:
-                picture = next(packets.decode_packet(stream, packet), None)
-                if picture is None and packet.is_keyframe:
-                    # A decoder with several threads holds the first picture back.
-                    picture = next(packets.decode_packet(stream, None), None)
-                    context.flush_buffers()
+            head.add(packet)
+            if not head.frames and position < _PROBE_PACKETS:
+                head.frames += packets.decode_packet(stream, packet)
+                head.count = position + 1
             if position >= (self.max_frames or position + 1):
                 raise DecodeLimitError(
                     f"it has more than the {self.max_frames} frames that are allowed",
@@ -252,8 +254,11 @@ class PyAVReader:
                 packet._replace(is_disposable=packet.is_disposable and layer == max(layers))
                 for packet, layer in zip(found, layers, strict=True)
             ]
+        picture: Any = head.frames[0] if head.frames else None
         if picture is None:
             picture = next(packets.decode_packet(stream, None), None)
+        else:
+            self._head = head
         # Only a decoded picture tells the rotation in PyAV, and the true size in raw streams.
         orientation = packets.orientation(picture) if picture is not None else Orientation()
         height, width = (
@@ -279,6 +284,25 @@ class PyAVReader:
             has_audio=bool(container.streams.audio),
             lost_frames=packets.lost_frames(container, stream, table, len(found) + discarded),
         )
+
+
+class _Head:
+    """A short file's packets, of which a decoder has had the first `count` and given `frames`."""
+
+    def __init__(self) -> None:
+        self.packets: list[Any] = []
+        self.num_bytes = 0
+        self.frames: list[VideoFrame] = []
+        self.count = 0
+
+    def add(self, packet: Any) -> None:
+        self.num_bytes += packet.size
+        if self.num_bytes <= _HEAD_BYTES:
+            self.packets.append(packet)
+
+    def covers(self, group: Group) -> bool:
+        """Whether a run from the head can go on from here."""
+        return group.seek_pts is None and self.count <= group.stop < len(self.packets)
 
 
 class PyAVSession:
@@ -311,8 +335,8 @@ class PyAVSession:
         self.stream = self.reader.video_stream(self.container)
         # The decoder of a container that was kept runs already, with the threads it has.
         self._is_fresh = self._is_clean = not self.stream.codec_context.is_open
-        if self._is_fresh:
-            set_threads(self.stream.codec_context, self.threads)
+        # It may even have begun to decode the head, as most requests do.
+        self._head: _Head | None = self.reader.source.state_of(self.container)
 
     def run(self, group: Group, skip: Collection[int] = ()) -> Iterator[Decoded]:
         """Decode one group; see `Session.run`."""
@@ -329,6 +353,16 @@ class PyAVSession:
 
     def _frames(self, group: Group, skip: Collection[int]) -> Iterator[VideoFrame]:
         """Frames of one group: packets from its keyframe to its last, then what is left inside."""
+        head, self._head = self._head, None
+        if head is not None and head.covers(group):
+            self._is_clean = False
+            yield from head.frames
+            for position in range(head.count, group.stop + 1):
+                self.tick()
+                if position not in skip:
+                    yield from packets.decode_packet(self.stream, head.packets[position])
+            yield from packets.decode_packet(self.stream, None)
+            return
         if not self._is_clean:
             # The group before was drained; the decoder accepts nothing until flushed.
             self.stream.codec_context.flush_buffers()
@@ -356,7 +390,8 @@ class PyAVSession:
 def set_threads(context: Any, threads: int) -> None:
     """Codec threads, before the decoder opens: 0 is FFmpeg's choice, frame and slice threading."""
     context.thread_type = "NONE" if threads == 1 else "AUTO"
-    context.thread_count = threads
+    # One more than cores: it works ahead while a picture is converted (13 % on two cores).
+    context.thread_count = threads + 1 if threads > 1 else threads
 
 
 def _no_tick() -> None:
@@ -390,20 +425,28 @@ class _Writer:
                 raise DamagedVideoError(
                     f"a picture in {self.frame.format.name} cannot be converted to RGB ({error})"
                 ) from error
-        plane = rgb.planes[0]
-        rows_HS = np.frombuffer(plane, np.uint8).reshape(height, plane.line_size)  # type: ignore[call-overload]
-        rgb_HWC = rows_HS[:, : 3 * width].reshape(height, width, 3)
+        if rgb.format.name == "gbrp":
+            for row_HW, plane in zip(out_CHW, (2, 0, 1), strict=True):
+                np.copyto(row_HW, self.orientation.apply(_rows(rgb.planes[plane])[:, :width]))
+            return
+        rgb_HWC = _rows(rgb.planes[0])[:, : 3 * width].reshape(height, width, 3)
         np.copyto(out_CHW, self.orientation.apply(rgb_HWC.transpose(2, 0, 1)))
 
     def _convert(self, height: int, width: int) -> VideoFrame:
         is_scaled = (self.frame.height, self.frame.width) != (height, width)
-        # One thread: waking others costs more than a picture this small gains. At full size the
-        # filter only spreads colour; PyAV's own choice gives the pixels that everybody gets.
+        # Planes take half the time of packed pixels, with full colour resolution. At full size the
+        # filter only spreads colour, and PyAV's own choice gives the pixels that everybody gets.
+        # One thread: waking others costs more than a picture this small gains.
         return self.converter.reformat(
             self.frame,
             width,
             height,
-            format="rgb24",
+            format="gbrp" if is_scaled else "rgb24",
             interpolation=self.interpolation if is_scaled else "BILINEAR",
             threads=1,
         )
+
+
+def _rows(plane: Any) -> np.ndarray:
+    """uint8 [H, S], rows with their padding."""
+    return np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)

@@ -45,7 +45,10 @@ class IdleContainers:
             return self._idle.pop(id(source), None)
 
     def put(self, source: object, container: Any) -> None:
-        """Keep a container until its source is gone or others have been used more lately."""
+        """Keep a container until its source is gone or others have been used more lately.
+
+        Anything with a ``close`` will do.
+        """
         with self._lock:
             surplus = [self._idle.pop(id(source), None)]
             if source not in self._watched:

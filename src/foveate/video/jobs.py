@@ -66,8 +66,8 @@ def schedule(table: PacketTable, ranks: Iterable[int], threads: int) -> Schedule
     """Decide between decoders side by side and one decoder with codec threads.
 
     Pieces start at keyframes. Clips of a few groups of pictures are cut only if that saves more
-    than opening the file again costs; where there are fewer pieces than threads, each decoder gets
-    several. O(n log n) for n wanted frames.
+    than opening the file again costs; where pieces are much fewer than threads, one decoder with
+    all threads is faster. O(n log n) for n wanted frames.
 
     Args:
         table: the packet table.
@@ -95,16 +95,11 @@ def schedule(table: PacketTable, ranks: Iterable[int], threads: int) -> Schedule
     least = max(_SMALLEST, sum(one_costs) // (threads * _PIECES_EACH))
     pieces, costs = _join(pieces, packets_to_decode(table, pieces), least)
     workers = min(threads, len(pieces))
-    each = threads // workers
-    apart = _OPEN + _makespan([cost + _SEEK for cost in costs], workers) / _speed(each)
-    together = (sum(one_costs) + _SEEK * len(one)) / _speed(threads)
+    apart = _OPEN + _makespan([cost + _SEEK for cost in costs], workers)
+    together = (sum(one_costs) + _SEEK * len(one)) / (_CODEC_THREAD * threads)
     if workers < 2 or apart >= together:
         return alone
-    return Schedule(pieces, costs, workers, each)
-
-
-def _speed(codec_threads: int) -> float:
-    return 1.0 if codec_threads == 1 else _CODEC_THREAD * codec_threads
+    return Schedule(pieces, costs, workers, 1)
 
 
 def _join(

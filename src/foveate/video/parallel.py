@@ -199,7 +199,7 @@ class _FastRun(_Run):
         self.slot_of = {self.ranks[slot]: slot for slot in pending}
         jobs = schedule(self.table, self.slot_of, min(threads, self.reader.max_sessions))
         # A source with one place to read from still gets a decoder with all codec threads.
-        self.codec_threads = max(threads // jobs.workers, 1)
+        self.codec_threads = threads if jobs.workers == 1 else jobs.codec_threads
         self.groups = jobs.groups
         self.waiting = deque(range(len(jobs.groups)) if in_order else jobs.longest_first)
         self.start(jobs.workers)

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from foveate.errors import (
     EmptyVideoError,
@@ -91,7 +91,8 @@ class MediaSource:
         self._data: bytes | None = None
         self._file: Any = None
         self._lock = threading.Lock()
-        self._kept: set[int] = set()
+        self._kept: dict[int, Any] = {}
+        self._states: dict[int, Any] = {}
         if isinstance(source, (str, os.PathLike)):
             self.name = str(source)
             self._path = _checked_path(source)
@@ -175,10 +176,19 @@ class MediaSource:
         """Whether there is one place to read from (a file object), so one reader at a time."""
         return self._file is not None
 
-    def keep(self, container: InputContainer) -> None:
-        """Leave a container that is being read open, for a later ``open(reuse=True)``."""
+    def keep(self, container: InputContainer, state: Any = None) -> None:
+        """Leave a container that is being read open, for a later ``open(reuse=True)``.
+
+        Args:
+            container: as `open` gave it.
+            state: what `state_of` will tell whoever opens it then.
+        """
         if not self.is_shared:
-            self._kept.add(id(container))
+            self._kept[id(container)] = state
+
+    def state_of(self, container: InputContainer) -> Any:
+        """What was known about a container when it was kept; told once."""
+        return self._states.pop(id(container), None)
 
     @contextmanager
     def open(self, *, reuse: bool = False) -> Iterator[InputContainer]:
@@ -190,15 +200,19 @@ class MediaSource:
         Raises:
             VideoError: it is not a video that can be read.
         """
-        container = IDLE.take(self) if reuse else None
+        idle = IDLE.take(self) if reuse else None
+        container = None
+        if idle is not None:
+            container = idle.container
+            self._states[id(container)] = idle.state
         with nullcontext() if container is not None else self._stream() as stream:
             container = container or self._open(stream)
             try:
                 yield container
             finally:
+                self._states.pop(id(container), None)
                 if id(container) in self._kept:
-                    self._kept.discard(id(container))
-                    IDLE.put(self, container)
+                    IDLE.put(self, _Idle(container, self._kept.pop(id(container))))
                 else:
                     container.close()
 
@@ -234,6 +248,14 @@ class MediaSource:
         return UnsupportedVideoError(
             f"it is not a video in a known container ({_words(failure)})", source=self.name
         )
+
+
+class _Idle(NamedTuple):
+    container: Any
+    state: Any
+
+    def close(self) -> None:
+        self.container.close()
 
 
 def _head(stream: Any, count: int = 64) -> bytes:
