@@ -210,7 +210,7 @@ def _preset(result: BenchResult, preset_name: str) -> str:
         for at in CONFIRM_AT:
             cell = cells.get(at)
             if cell is None or cell.accuracy is None:
-                row.append("–")
+                row.append("")
             else:
                 row.append(f"{100 * cell.accuracy.value:.1f} at {100 * cell.flops_fraction:.0f} %")
         rows.append(row)

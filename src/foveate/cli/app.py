@@ -78,7 +78,10 @@ def list_command(
     ] = None,
     kind: Annotated[
         str | None,
-        typer.Option("--kind", help="Only training-free, trained or baseline methods, or recipe: named combinations."),
+        typer.Option(
+            "--kind",
+            help="Only training-free, trained or baseline methods, or recipe: named combinations.",
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -107,13 +107,8 @@ def fill_with_registers(
     L = object_TL.shape[1]
     # Ranks instead of scores: anchors above buffers above the rest, whatever the scores' scale.
     priority_TL = torch.where(near_TL, L * (1 + is_anchor_TL.long()), 0)
-    priority_TL -= torch.where(near_TL, _rank(object_TL), _rank(deep_TL))
+    priority_TL -= torch.where(near_TL, ops.ranks(object_TL), ops.ranks(deep_TL))
     return ops.top_k(priority_TL, keep)
-
-
-def _rank(score_TL: torch.Tensor) -> torch.Tensor:
-    """0 for the largest score of a row, ties to the lowest index."""
-    return score_TL.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
 
 
 @dataclass(frozen=True)

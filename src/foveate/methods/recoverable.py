@@ -129,7 +129,7 @@ def meet_budget(counts_T3: torch.Tensor, keep: int, size: int) -> torch.Tensor:
         exact_T3, all_T1 = total * counts_T3, counts_T3.sum(1, keepdim=True)
         whole_T3, part_T3 = exact_T3 // all_T1, exact_T3 % all_T1
         left_T1 = total - whole_T3.sum(1, keepdim=True)
-        return whole_T3 + (_rank(part_T3) < left_T1)
+        return whole_T3 + (ops.ranks(part_T3) < left_T1)
 
     with_T3 = share(counts_T3, keep - 1)
     without_T3 = share(counts_T3 * counts_T3.new_tensor([1, 1, 0]), keep)
@@ -170,7 +170,7 @@ def recover(
     rest_TL = ~kept_TL & ~found_TL
     L = rest_TL.shape[1]
     num_centres = int(centre_T.max())
-    centre_TK = _order(vision_TL, rest_TL)[:, :num_centres]
+    centre_TK = ops.ranks(vision_TL, mask=rest_TL).argsort(1)[:, :num_centres]
     real_TK = torch.arange(num_centres, device=centre_TK.device) < centre_T[:, None]
     if released:
         key_TLC = ops.gather_tokens(key_TLC, (rest_TL.long().cumsum(1) - 1).clamp(min=0))
@@ -184,23 +184,11 @@ def recover(
     return Recovery(kept_TL, found_TL, centre_TK.where(real_TK, -1), near_TKk, rest_TL)
 
 
-def _order(score_TL: torch.Tensor, mask_TL: torch.Tensor | None = None) -> torch.Tensor:
-    """Places by falling score, ties to the lowest, masked ones last."""
-    if mask_TL is not None:
-        score_TL = score_TL.float().masked_fill(~mask_TL, -torch.inf)
-    return score_TL.argsort(dim=1, descending=True, stable=True)
-
-
-def _rank(score_TL: torch.Tensor, mask_TL: torch.Tensor | None = None) -> torch.Tensor:
-    """0 for the largest score of a row, ties to the lowest index, masked ones last."""
-    return _order(score_TL, mask_TL).argsort(dim=1)
-
-
 def _best(
     score_TL: torch.Tensor, count_T: torch.Tensor, mask_TL: torch.Tensor | None = None
 ) -> torch.Tensor:
     """The `count_T[t]` largest scores of every row, bool [T, L]."""
-    return _rank(score_TL, mask_TL) < count_T[:, None]
+    return ops.ranks(score_TL, mask=mask_TL) < count_T[:, None]
 
 
 @dataclass(frozen=True)

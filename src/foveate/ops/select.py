@@ -18,6 +18,7 @@ from foveate.ops.diversity import max_min_diversity
 __all__ = [
     "max_min_diversity",
     "random_indices",
+    "ranks",
     "top_k",
     "top_k_ragged",
     "top_k_ranked",
@@ -76,6 +77,30 @@ def top_k_ranked(scores: Tensor, k: int, *, mask: Tensor | None = None) -> Tenso
         if mask.numel():
             require_count(k, 0, int(mask.sum(-1).min()), "k", "fewest valid tokens of a row")
     return _ranking(scores, mask)[..., :k]
+
+
+def ranks(scores: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """Return each position's place when its row is sorted by falling score, ties to the lowest.
+
+    O(N log N).
+
+    Args:
+        scores: [..., N], any real dtype.
+        mask: [..., N] bool; masked positions come last.
+
+    Returns:
+        [..., N] int64: 0 for the largest score.
+
+    Raises:
+        ValueError: a score is NaN (CPU).
+
+    Example:
+        >>> ranks(torch.tensor([1.0, 3.0, 2.0, 3.0])).tolist()
+        [3, 0, 2, 1]
+    """
+    if mask is not None:
+        require_shape(mask, tuple(scores.shape), "mask")
+    return _ranking(scores, mask).argsort(-1)
 
 
 def top_k_ragged(
