@@ -51,6 +51,7 @@ from foveate.ops.segment import (
 from foveate.ops.select import (
     max_min_diversity,
     random_indices,
+    ranks,
     top_k,
     top_k_ragged,
     top_k_ranked,
@@ -99,6 +100,7 @@ __all__ = [
     "proportional",
     "quantise",
     "random_indices",
+    "ranks",
     "received_attention",
     "round_half_even",
     "scatter_mean",
