@@ -438,6 +438,28 @@ def test_containers_are_kept_a_few_at_a_time(gop_video):
     assert len(IDLE) == before
 
 
+def test_the_first_read_goes_on_where_the_scan_was(gop_video, monkeypatch, sessions):
+    from foveate.video import packets
+
+    opened, fed = [], []
+    source_open, decode_packet = MediaSource._open, packets.decode_packet
+    monkeypatch.setattr(
+        MediaSource, "_open", lambda self, at: opened.append(at) or source_open(self, at)
+    )
+
+    def noted(stream, packet):
+        fed.append(None if packet is None else packet.pts)
+        return decode_packet(stream, packet)
+
+    monkeypatch.setattr(packets, "decode_packet", noted)
+    clip = Clip(gop_video, threads=1)
+    frames = clip.take(range(12))
+    assert len(opened) == 1
+    assert len(fed) == len(set(fed)) and None in fed  # nothing is decoded twice
+    assert torch.equal(clip.take(range(12)).pixels, frames.pixels)
+    assert len(opened) == 1
+
+
 def test_a_forked_process_opens_anew():
     class Source:
         pass

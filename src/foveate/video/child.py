@@ -97,7 +97,8 @@ def _serve(
 def _facts(scan: Scan) -> tuple[dict[str, Any], bytes]:
     table = scan.table
     disposable_F = np.zeros(len(table), bool) if table.disposable_F is None else table.disposable_F
-    columns = np.stack([table.pts_F, table.position_F, table.key_F, disposable_F]).astype("<i8")
+    bytes_F = np.zeros(len(table), np.int64) if table.bytes_F is None else table.bytes_F
+    columns = np.stack([table.pts_F, table.position_F, table.key_F, disposable_F, bytes_F])
     turn = scan.orientation
     head = {
         "num_frames": len(table),
@@ -113,7 +114,7 @@ def _facts(scan: Scan) -> tuple[dict[str, Any], bytes]:
         "has_audio": scan.has_audio,
         "lost_frames": scan.lost_frames,
     }
-    return head, columns.tobytes()
+    return head, columns.astype("<i8").tobytes()
 
 
 def _as_message(error: BaseException) -> dict[str, Any]:

@@ -246,7 +246,14 @@ class PyAVReader:
             # A container's word for "keyframe" is taken back where the bytes say otherwise.
             is_key = packet.is_keyframe and facts.is_entry is not False
             found.append(
-                Packet(position, packet.pts, is_key, packet.duration or 0, facts.is_disposable)
+                Packet(
+                    position,
+                    packet.pts,
+                    is_key,
+                    packet.duration or 0,
+                    facts.is_disposable,
+                    packet.size,
+                )
             )
         if max(layers, default=0) > 0:
             # Pictures of higher sub-layers may refer to any below.
@@ -390,7 +397,7 @@ class PyAVSession:
 def set_threads(context: Any, threads: int) -> None:
     """Codec threads, before the decoder opens: 0 is FFmpeg's choice, frame and slice threading."""
     context.thread_type = "NONE" if threads == 1 else "AUTO"
-    # One more than cores: it works ahead while a picture is converted (13 % on two cores).
+    # One more than cores: it works ahead while a picture is being converted.
     context.thread_count = threads + 1 if threads > 1 else threads
 
 

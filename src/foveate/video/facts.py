@@ -55,7 +55,7 @@ def file_facts(scan: Scan, name: str) -> VideoInfo:
 
 
 def _facts(table: PacketTable, **facts: Any) -> VideoInfo:
-    key_K = np.flatnonzero(table.key_F)
+    key_K, bytes_F = np.flatnonzero(table.key_F), table.bytes_F
     return VideoInfo(
         duration=table.duration,
         frame_rate=len(table) / table.duration,
@@ -65,5 +65,6 @@ def _facts(table: PacketTable, **facts: Any) -> VideoInfo:
         keyframe_pts=torch.from_numpy(table.pts_F[key_K]),
         variable_frame_rate=table.is_variable,
         start_seconds=float(int(table.pts_F[0]) * table.time_base),
+        packet_bytes=torch.from_numpy(np.empty(0, np.int64) if bytes_F is None else bytes_F),
         **facts,
     )

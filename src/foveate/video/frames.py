@@ -6,10 +6,14 @@ Legend: T frames; H, W pixels in display orientation; K keyframes.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from foveate.core import FramePlan
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class VideoInfo:
             count from the first frame.
         has_audio: whether there is an audio track.
         lost_frames: frames the header promises beyond those present (a cut-off download).
+        packet_bytes: int64 [F], size of each frame's packet; empty when nothing is packed.
     """
 
     duration: float
@@ -52,6 +57,9 @@ class VideoInfo:
     start_seconds: float = 0.0
     has_audio: bool = False
     lost_frames: int = 0
+    packet_bytes: Tensor = field(
+        default_factory=lambda: torch.empty(0, dtype=torch.long), repr=False, compare=False
+    )
 
 
 @dataclass(frozen=True)
@@ -126,6 +134,7 @@ class Frames:
         seconds: float64 [T], when each frame is first shown, counted from the clip's first frame.
         index: int64 [T], rank of each frame in presentation order.
         damage: what was lost on the way.
+        plan: how `foveate.choose_frames` chose them; None: they were asked for.
 
     Example:
         >>> frames = Frames(torch.zeros(2, 3, 4, 6, dtype=torch.uint8),
@@ -138,6 +147,7 @@ class Frames:
     seconds: Tensor
     index: Tensor
     damage: Damage = field(default_factory=lambda: Damage(0))
+    plan: FramePlan | None = None
 
     def __len__(self) -> int:
         return self.pixels.shape[0]
@@ -154,7 +164,7 @@ class Frames:
 
     def to(self, device: torch.device | str) -> Frames:
         """The same frames with pixels on another device (times and ranks stay where they are)."""
-        return Frames(self.pixels.to(device), self.seconds, self.index, self.damage)
+        return replace(self, pixels=self.pixels.to(device))
 
     def __repr__(self) -> str:
         span = f"{float(self.seconds[0]):.2f}..{float(self.seconds[-1]):.2f} s" if len(self) else ""

@@ -155,9 +155,9 @@ class IsolatedReader:
         count = int(facts["num_frames"])
         if not 0 <= count <= self.limits.frames:
             raise DecoderFailedError("its decoder sent nonsense", source=self.name)
-        columns = np.empty((4, count), "<i8")
+        columns = np.empty((5, count), "<i8")
         child.read_into(columns.data.cast("B"), left)
-        pts_F, position_F, key_F, disposable_F = columns
+        pts_F, position_F, key_F, disposable_F, bytes_F = columns
         table = PacketTable(
             pts_F.astype(np.int64),
             position_F.astype(np.int64),
@@ -167,6 +167,7 @@ class IsolatedReader:
             bool(facts["by_order"]),
             disposable_F != 0 if disposable_F.any() else None,
             bool(facts["is_regular"]),
+            bytes_F.astype(np.int64) if bytes_F.any() else None,
         )
         return Scan(
             table=table,

@@ -29,6 +29,7 @@ class Packet(NamedTuple):
     is_keyframe: bool
     duration: int
     is_disposable: bool = False
+    size: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +48,7 @@ class PacketTable:
             left out; None if that is not known.
         is_regular: every packet has a timestamp of its own, so that frames can be told apart
             wherever decoding starts.
+        bytes_F: int64 [F], size of each frame's packet; None if nothing is packed.
     """
 
     pts_F: np.ndarray
@@ -57,6 +59,7 @@ class PacketTable:
     by_order: bool = False
     disposable_F: np.ndarray | None = None
     is_regular: bool = False
+    bytes_F: np.ndarray | None = None
 
     @classmethod
     def from_packets(
@@ -78,7 +81,7 @@ class PacketTable:
         if not timed or (by_order and num_times < len(packets)):
             by_order = True
             time_base = 1 / frame_rate if frame_rate else Fraction(1, 25)
-            timed = [Packet(p.position, i, p.is_keyframe, 1) for i, p in enumerate(packets)]
+            timed = [Packet(p.position, i, p.is_keyframe, 1, False, p.size) for i, p in enumerate(packets)]
         pts_D = np.array([packet.pts for packet in timed], dtype=np.int64)
         pts_F, first_F = np.unique(pts_D, return_index=True)
         position_F = np.array([timed[i].position for i in first_F], dtype=np.int64)
@@ -103,6 +106,7 @@ class PacketTable:
             # The second field of a picture may hide behind a packet of its own: leave those alone.
             disposable_F if is_regular and disposable_F.any() else None,
             is_regular,
+            np.array([timed[i].size for i in first_F], dtype=np.int64),
         )
 
     def __len__(self) -> int:
