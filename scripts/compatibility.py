@@ -97,8 +97,8 @@ class Notes:
         return "\n".join(f"{n}. {text}" for n, text in enumerate(self.texts, 1))
 
 
-def family_mark(tests: list[dict[str, Any]], notes: Notes) -> str:
-    """What a method does on a family, all properties together."""
+def family_mark(tests: list[dict[str, Any]], stages: set[str], notes: Notes) -> str:
+    """What a method that acts at these stages does on a family, all properties together."""
     if failed := [test["property"] for test in tests if test["outcome"] != "passed"]:
         return notes.mark(FAILED, f"Fails: {'; '.join(sorted(set(failed)))}.")
     acted = next((test["acted"] for test in tests if "acted" in test), None)
@@ -108,10 +108,12 @@ def family_mark(tests: list[dict[str, Any]], notes: Notes) -> str:
     if not any(acted.values()):
         why = "sees the frames of a video as images" if "video" in acted else "takes no videos"
         return notes.mark(NOTHING, f"Changes nothing: it acts on videos alone; this model {why}.")
-    full = {stage for stages in acted.values() for stage in stages}
-    if all(set(stages) == full for stages in acted.values()):
+    if all(set(found) == stages for found in acted.values()):
         return WORKS
-    parts = [f"{modality}s at {_stages(stages)}" for modality, stages in acted.items() if stages]
+    first, *others = acted.values()
+    if all(set(found) == set(first) for found in others):
+        return notes.mark(PART, f"Acts at {_stages(first)} only.")
+    parts = [f"{modality}s at {_stages(found)}" for modality, found in acted.items() if found]
     return notes.mark(PART, f"Acts on {', on '.join(parts)}{' only' if len(parts) == 1 else ''}.")
 
 
@@ -150,8 +152,11 @@ def families_table(run: Run) -> str:
     notes, families = Notes(), run.names("family")
     rows = []
     for method in run.names("method"):
-        marks = [family_mark(run.of(method=method, family=f), notes) for f in families]
-        rows.append([_method(method), *marks, str(len(run.of(method=method)))])
+        tests = run.of(method=method)
+        acted = [found for test in tests for found in test.get("acted", {}).values()]
+        stages = {stage for found in acted for stage in found}
+        marks = [family_mark(run.of(method=method, family=f), stages, notes) for f in families]
+        rows.append([_method(method), *marks, str(len(tests))])
     header = ["Method", *(family.replace("_", "<br>") for family in families), "Tests"]
     return f"{_table(header, rows)}\n\n{notes}".rstrip()
 
