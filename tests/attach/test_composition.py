@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import foveate
-from foveate.core import Card, Method, Reduction
+from foveate.core import PRESETS, Card, Method, Reduction
 from foveate.errors import RecipeError
 from tiny import tiny_inputs, tiny_model
 
@@ -105,3 +105,15 @@ def test_a_count_is_what_all_leave_together(model, video):
     text = report.prompt_lengths[0] - report.visual_after
     assert report.layer_lengths[0][-1] - text == 4
     assert report.visual_after == round((4 * report.visual_before) ** 0.5)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_named_recipes_run(model, video, name):
+    with torch.no_grad(), foveate.reduce(model, name, retain=0.25) as run:
+        out = model.generate(**video, max_new_tokens=2, do_sample=False)
+    assert out.shape[1] == video["input_ids"].shape[1] + 2
+    report = run.report
+    before, text = report.visual_before, report.prompt_lengths[0] - report.visual_after
+    assert report.layer_lengths[0][-1] - text <= 0.25 * before + 2
+    if "encoder" in PRESETS[name].recipe.stages:
+        assert report.flops["reduced"]["encoder"] < report.flops["untouched"]["encoder"]
