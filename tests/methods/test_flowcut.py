@@ -18,8 +18,9 @@ from foveate.core import (
     Tokens,
     get_method,
 )
+from foveate.core.units import patch_groups
 from foveate.errors import MissingSignalError
-from foveate.methods.flowcut import FlowCut, encoder_flow, patch_groups
+from foveate.methods.flowcut import FlowCut, encoder_flow
 
 from .helpers import encoder_view, item
 

@@ -7,7 +7,6 @@ N visual tokens of an item or sample, H heads, G key heads, d head channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -24,12 +23,21 @@ from foveate.core import (
     EncoderContext,
     Grid,
     Method,
-    Plane,
     ProjectorContext,
     Reduction,
     Tokens,
     relative_layer,
     with_special,
+)
+from foveate.core.units import (
+    best_units,
+    image_shape,
+    is_tiled,
+    num_tiles,
+    patch_groups,
+    per_unit,
+    present_units,
+    select_tokens,
 )
 
 #: Added inside the logarithm of the entropy where there is no [CLS] token.
@@ -226,7 +234,7 @@ class FlowCut(Method):
         """
         if self.llm_cut is not None:
             return self.llm_cut
-        merges = _image_shape(grid, 0).num_patches != num_patches
+        merges = image_shape(grid, 0).num_patches != num_patches
         return is_tiled(grid) or merges or not has_cls
 
     def entering(self, grid: Grid, budget: Budget, two_cuts: bool) -> list[int]:
@@ -241,7 +249,7 @@ class FlowCut(Method):
         sizes = [plane.num_patches for plane in grid.planes]
         if two_cuts and is_tiled(grid):
             half = max(1, self.leaving(grid, budget) // 2)
-            kept = [half * _num_tiles(plane, grid) for plane in grid.planes]
+            kept = [half * num_tiles(plane, grid) for plane in grid.planes]
         else:
             kept = [k * (2 if two_cuts else 1) for k in budget.split(sizes)]
         return [min(size, k) for size, k in zip(sizes, kept, strict=True)]
@@ -279,7 +287,7 @@ class FlowCut(Method):
         if "score" not in state:
             state.update(self._begin(tokens, context))
         to_present = tokens.reduction
-        unit_BP, num_units = _present_units(tokens, state["group"], prefix)
+        unit_BP, num_units = present_units(tokens, state["group"], prefix)
         exists_BU = torch.zeros(tokens.batch, num_units + 1, dtype=torch.bool, device=tokens.device)
         exists_BU = exists_BU.scatter_(1, unit_BP, True)[:, :num_units]
         num_B, target_B = exists_BU.sum(1), state["target"]
@@ -297,13 +305,13 @@ class FlowCut(Method):
             context.note("cumulative flow", lambda: _without(score_BM, prefix))
             remaining = context.num_layers - context.layer - (2 if context.has_cls else 1)
             if remaining >= 0 and remaining % self.every == 0:
-                share_BU = _per_unit(attention_BP, unit_BP, num_units, ops.scatter_sum)
+                share_BU = per_unit(attention_BP, unit_BP, num_units, ops.scatter_sum)
                 drop_B = self._num_dropped(share_BU, num_B, target_B, remaining, context.has_cls)
-                score_BU = _per_unit(score_BM[:, prefix:], unit_BP, num_units, ops.scatter_mean)
-                keep_BM = _best_units(score_BU, exists_BU, num_B - drop_B, unit_BP, prefix)
+                score_BU = per_unit(score_BM[:, prefix:], unit_BP, num_units, ops.scatter_mean)
+                keep_BM = best_units(score_BU, exists_BU, num_B - drop_B, unit_BP, prefix)
                 context.note("survivors", keep_BM, "mark")
                 score_BM = score_BM.where(keep_BM, 0.0)
-                reduction = _select(keep_BM)
+                reduction = select_tokens(keep_BM)
             state["score"] = score_BM if to_present is None else to_present.restore(score_BM)
         if context.layer == context.num_layers - 1:
             context.carry("score", state["score"][:, prefix:])
@@ -321,9 +329,9 @@ class FlowCut(Method):
             two_cuts = two_cuts and self.takes_two_cuts(grid, context.has_cls, P)
             kept, shape = self.entering(grid, context.budget, two_cuts)[plane], grid.planes[plane]
             # All tiles of a mosaic share its plane.
-            targets.append(-(-kept // (_num_tiles(shape, grid) if is_tiled(grid) else 1)))
+            targets.append(-(-kept // (num_tiles(shape, grid) if is_tiled(grid) else 1)))
             flags.append(float(two_cuts))
-            groups.append(patch_groups(P, _image_shape(grid, plane)))
+            groups.append(patch_groups(P, image_shape(grid, plane)))
         targets = targets or [max(1, context.budget.count(P))] * B
         group_BP = None
         if any(group is not None for group in groups):
@@ -454,102 +462,6 @@ class FlowCut(Method):
         ).masked_fill(seen_N < 0, 0.0)
         context.note("flow to the last token", score_N)
         return Reduction.select(ops.top_k(score_N, keep), N)
-
-
-def is_tiled(grid: Grid) -> bool:
-    """Whether an item is an any-resolution image: a thumbnail and a mosaic of tiles."""
-    return grid.modality == "image" and len(grid.planes) > 1
-
-
-def patch_groups(num_patches: int, shape: Plane) -> torch.Tensor | None:
-    """Which token of a plane each patch of its image becomes a part of, int64 [P].
-
-    None where tokens are patches. Where pooling windows overlap, the token that a patch is nearest
-    to.
-
-    Example:
-        >>> patch_groups(16, Plane(2, 2)).tolist()
-        [0, 0, 1, 1, 0, 0, 1, 1, 2, 2, 3, 3, 2, 2, 3, 3]
-        >>> patch_groups(9, Plane(2, 2)).view(3, 3).tolist()
-        [[0, 1, 1], [2, 3, 3], [2, 3, 3]]
-    """
-    if shape.num_patches >= num_patches:
-        return None
-    rows = round((num_patches * shape.height / shape.width) ** 0.5)
-    if rows == 0 or num_patches % rows:
-        return None
-    columns = num_patches // rows
-    row_R = (2 * torch.arange(rows) + 1) * shape.height // (2 * rows)
-    column_C = (2 * torch.arange(columns) + 1) * shape.width // (2 * columns)
-    return (row_R[:, None] * shape.width + column_C).flatten()
-
-
-def _image_shape(grid: Grid, plane: int) -> Plane:
-    """The tokens of one image: those of its plane, or of a tile."""
-    return grid.planes[0 if is_tiled(grid) else plane]
-
-
-def _num_tiles(plane: Plane, grid: Grid) -> int:
-    """Tiles (of the thumbnail's size) that a plane of a tiled image is made of."""
-    tile = grid.planes[0]
-    return -(-plane.height // tile.height) * -(-plane.width // tile.width)
-
-
-def _present_units(
-    tokens: Tokens, group_BP: torch.Tensor | None, prefix: int
-) -> tuple[torch.Tensor, int]:
-    """The unit of every present patch, [B, M - prefix], and U; padding belongs to none, U."""
-    B, M, mask = tokens.batch, tokens.num_tokens, tokens.mask_BN
-    if group_BP is None:
-        num, unit_BM = M - prefix, torch.arange(-prefix, M - prefix, device=tokens.device)
-        unit_BM = unit_BM.expand(B, M)
-    else:
-        num, unit_BM = int(group_BP.max()) + 1, pad(group_BP, (prefix, 0))
-        if tokens.reduction is not None:
-            unit_BM = tokens.reduction.gather(unit_BM)
-    if mask is not None:
-        unit_BM = unit_BM.masked_fill(~mask, num)
-    return unit_BM[:, prefix:], num
-
-
-def _per_unit(
-    value_BP: torch.Tensor,
-    unit_BP: torch.Tensor,
-    num_units: int,
-    scatter: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor],
-) -> torch.Tensor:
-    """Sums or means of the patches of every unit, [B, U]."""
-    return scatter(value_BP[..., None], unit_BP, num_units + 1)[:, :num_units, 0]
-
-
-def _best_units(
-    score_BU: torch.Tensor,
-    exists_BU: torch.Tensor,
-    keep_B: torch.Tensor,
-    unit_BP: torch.Tensor,
-    prefix: int,
-) -> torch.Tensor:
-    """Which tokens stay, bool [B, M]: the prefix, and the patches of the best units."""
-    B, U = score_BU.shape
-    chosen_BK = ops.top_k_ragged(score_BU, keep_B, mask=exists_BU)
-    keep_BU = torch.zeros(B, U + 1, dtype=torch.bool, device=score_BU.device)
-    keep_BU.scatter_(1, chosen_BK.where(chosen_BK >= 0, U), True)
-    keep_BU[:, U] = False
-    return pad(keep_BU.gather(1, unit_BP), (prefix, 0), value=True)
-
-
-def _select(keep_BM: torch.Tensor) -> Reduction | None:
-    """The tokens that stay, in order; images with fewer of them are padded. None: all stay."""
-    count_B = keep_BM.sum(1)
-    counts = count_B.tolist()
-    width = max(counts)
-    if min(counts) == keep_BM.shape[1]:
-        return None
-    index_BK = (~keep_BM).byte().argsort(dim=1, stable=True)[:, :width]
-    mask_BK = None
-    if min(counts) < width:
-        mask_BK = torch.arange(width, device=keep_BM.device) < count_B[:, None]
-    return Reduction.select(index_BK, keep_BM.shape[1], mask_BK)
 
 
 def _view_flow(view: EncoderAttentionView) -> torch.Tensor:
