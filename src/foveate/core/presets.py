@@ -41,14 +41,16 @@ class Preset:
 #: Name -> recipe. What each is worth, and the search: docs/combined-recipes.md.
 PRESETS: Mapping[str, Preset] = {
     "lean": Preset(
-        "tome(retain=0.3) + vidcom2",
+        "tome(retain=0.3) + divprune",
         "original",
-        "Few tokens in the vision encoder and in the prompt: the most accurate at a tight budget.",
+        "Merges inside the vision encoder, then keeps the tokens of the prompt that differ most: "
+        "for the tightest budgets.",
     ),
     "light": Preset(
-        "tome(retain=0.5) + divprune",
+        "tome(retain=0.3) + vidcom2",
         "original",
-        "Half of the encoder's tokens, and of the prompt's those that differ most.",
+        "Merges inside the vision encoder, then keeps what is unlike its frame and its clip: for "
+        "budgets of a tenth and more.",
     ),
     "two_step": Preset(
         "vidcom2 + lvlm_csp",
