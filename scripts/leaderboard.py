@@ -27,6 +27,7 @@ from foveate.bench.report_plots import picture
 from foveate.bench.report_tables import nearest, ratio
 from foveate.bench.results import Standing
 from foveate.bench.store import UNTOUCHED
+from foveate.core import get_method, list_methods
 from foveate.core._files import write_text
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -98,8 +99,7 @@ def _intro(result: BenchResult) -> str:
         f"{plain.accuracy} of them. What the figures mean and how the intervals are "
         "made: [Accuracy against budget](bench.md). These are measurements of this project on one "
         "model and one suite; papers' own claims are on the [method pages](methods/index.md).\n\n"
-        "Not here: `vista_llama`, which changes attention and removes nothing, and `safewatch`, "
-        "which needs policies in its prompt. Every method runs as it was published, and most were "
+        f"{_absent(result)}Every method runs as it was published, and most were "
         "published with positions numbered anew. That alone costs this model the sense of time; "
         "what the same methods do with their tokens' own positions is on [a page of its own]"
         "(leaderboard-positions.md).\n\n"
@@ -107,6 +107,22 @@ def _intro(result: BenchResult) -> str:
         + f"\n\n```bash\n{portable(run['command'])}\n"
         f"python scripts/leaderboard.py {result.folder.name}\n```"
     )
+
+
+def _absent(result: BenchResult) -> str:
+    """Which registered methods the run lacks, and why."""
+    names = [name for name in list_methods() if name not in result.recipes]
+    idle = [name for name in names if not get_method(name).reducing_stages()]
+    parts = {
+        "remove nothing": idle,
+        "need policies in the prompt": [name for name in names if name == "safewatch"],
+    }
+    told = [
+        f"{', '.join(f'`{n}`' for n in found)} ({why})" for why, found in parts.items() if found
+    ]
+    rest = [name for name in names if not any(name in found for found in parts.values())]
+    told += [", ".join(f"`{name}`" for name in rest)] if rest else []
+    return f"Not here: {'; '.join(told)}. " if told else ""
 
 
 def portable(command: str) -> str:

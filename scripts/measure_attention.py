@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -35,11 +36,15 @@ def area(score_N: torch.Tensor, shown_N: torch.Tensor) -> float:
     return float((rank_N[shown_N].sum() - hits * (hits + 1) / 2) / (hits * others))
 
 
+def _ids(tokenizer: Any, text: str) -> torch.Tensor:
+    return torch.tensor(tokenizer.encode(text, add_special_tokens=False))
+
+
 @torch.inference_mode()
 def main(clips: int) -> None:
     """Print one line per score."""
     size = SIZES["small"]
-    model, _ = foveate.embedded()
+    model, processor = foveate.embedded()
     model.set_attn_implementation({"vision_config": "eager"})
     batch = AnswerBatches(size, 0, clips, split="test", captions=False, labels=True)
     batch.world.natural = 0.0
@@ -81,6 +86,14 @@ def main(clips: int) -> None:
     centre = torch.nn.functional.normalize(unit.mean(1, keepdim=True), dim=-1)
     scores["distance to the frame's mean token"] = 1 - (unit * centre).sum(-1)
     scores["length of the token"] = tokens_BNE.float().norm(dim=-1)
+    # What methods guided by the text go by without a companion (`text.patch_similarity`).
+    table, tokenizer = model.get_input_embeddings(), processor.tokenizer
+    asked = [batch.asked(batch.world.sample(index)) for index in range(clips)]
+    texts = [[table(_ids(tokenizer, one.text)).mean(0) for one in found] for found in asked]
+    guide_BE = torch.stack([torch.stack(found).mean(0) for found in texts])
+    guide_BE = torch.nn.functional.normalize(guide_BE.float(), dim=-1)
+    alike_BTN = torch.einsum("btne,be->btn", clip_BTNE, guide_BE)
+    scores["likeness to the words of the questions"] = alike_BTN.flatten(0, 1)
     print(f"{clips} clips, {shown_BN.float().mean():.1%} of the visual tokens show a sprite")
     for name, score_BN in scores.items():
         print(f"{name:40s} {area(score_BN.flatten(), shown_BN.flatten()):.3f}")

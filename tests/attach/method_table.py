@@ -103,6 +103,7 @@ METHOD_TABLE: dict[str, Row] = {
     # More tokens in the first range than in the last, so that the last layer is the shortest.
     "lvlm_csp": Row("lvlm_csp(clusters=0.6)", ("decoder",), retain=0.6, reads_text=True),
     "m3": Row("m3", ("projector",), merges=True),
+    "norm": Row("norm", ("projector",), exact=False),
     "pool": Row("pool", ("projector",), merges=True),
     "pyramiddrop": Row("pyramiddrop", ("decoder",), reads_text=True),
     "quickvideo": Row("quickvideo(group_frames=2)", ("cache",)),

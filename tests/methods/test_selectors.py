@@ -9,6 +9,7 @@ from foveate.core import Budget, Grid, Plane, ProjectorContext, TokenKind, Token
 from foveate.errors import MissingSignalError
 from foveate.methods.divprune import DivPrune
 from foveate.methods.fastervlm import FasterVLM, anyres_order
+from foveate.methods.norm import Norm
 from foveate.methods.pool import Pool, pooled_shape
 from foveate.methods.random import Random
 from foveate.methods.uniform import Uniform
@@ -188,3 +189,14 @@ def test_pooled_shapes_fit(most: int) -> None:
     assert h * w <= most and h <= 10 and w <= 14
     assert max(h * 14, w * 10) <= 2 * min(h * 14, w * 10) or most < 3
     assert (h + 1) * (w + 1) > most
+
+
+@pytest.mark.parametrize(("largest", "expected"), [(True, [37]), (False, [5])])
+def test_norm_keeps_the_longest_or_the_shortest(largest, expected):
+    grid = Grid.image(10, 10)
+    x_ND = torch.ones(grid.num_tokens, 4)
+    x_ND[37] *= 3
+    x_ND[5] *= 0.5
+    context = ProjectorContext(Budget(tokens=1), grid=grid)
+    reduction = Norm(largest=largest).projector(Tokens.from_grid(x_ND, grid), context)
+    assert reduction.anchor_BM.tolist() == [expected]

@@ -34,6 +34,7 @@ _BUILTIN: dict[str, str] = {
     "intp": "foveate.methods.intp:INTP",
     "lvlm_csp": "foveate.methods.lvlm_csp:LVLMCSP",
     "m3": "foveate.methods.m3:M3",
+    "norm": "foveate.methods.norm:Norm",
     "pool": "foveate.methods.pool:Pool",
     "pyramiddrop": "foveate.methods.pyramiddrop:PyramidDrop",
     "quickvideo": "foveate.methods.quickvideo:QuickVideo",
