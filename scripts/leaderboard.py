@@ -125,6 +125,10 @@ def _absent(result: BenchResult) -> str:
     return f"Not here: {'; '.join(told)}. " if told else ""
 
 
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
 def portable(command: str) -> str:
     """A command without the folders of the machine that it ran on."""
     words = [Path(word).name if Path(word).is_absolute() else word for word in shlex.split(command)]
