@@ -240,8 +240,8 @@ At one budget a method that acts early costs less than one that acts late, so ac
 `retain` would be no fair comparison. A combined recipe is held against the best of its parts **at
 equal FLOPs** (whole call, vision encoder included), each part with either way to number positions,
 between its measured budgets by linear interpolation. A part that cannot be made as cheap counts
-with what it has at its cheapest. Who may not lose accuracy needs none of these: ToMe alone loses two
-points and saves a quarter of the FLOPs.
+with what it has at its cheapest. Who may not lose accuracy needs none of these: ToMe alone loses
+two points and saves a quarter of the FLOPs.
 
 {hardware}, foveate {foveate}, {date}.
 
