@@ -13,8 +13,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from foveate.attach import Attachment, reduce
-    from foveate.checkpoints import embedded
+    from foveate.attach import Attachment, choose_frames, reduce
+    from foveate.checkpoints import AskingScorer, embedded
     from foveate.core import (
         Budget,
         Card,
@@ -31,12 +31,14 @@ if TYPE_CHECKING:
     from foveate.errors import FoveateError
     from foveate.models.companion import Companion
     from foveate.models.registry import list_families, register_adapter
+    from foveate.models.scorer import Scorer
     from foveate.video import Clip
 
 __version__ = "0.1.0"
 
 # Resolved at first use: `import foveate` loads neither torch nor transformers.
 _LAZY = {
+    "AskingScorer": "foveate.checkpoints",
     "Attachment": "foveate.attach",
     "Budget": "foveate.core",
     "Card": "foveate.core",
@@ -48,7 +50,9 @@ _LAZY = {
     "Recipe": "foveate.core",
     "Reduction": "foveate.core",
     "Report": "foveate.core",
+    "Scorer": "foveate.models.scorer",
     "Tokens": "foveate.core",
+    "choose_frames": "foveate.attach",
     "embedded": "foveate.checkpoints",
     "get_method": "foveate.core",
     "list_families": "foveate.models.registry",
@@ -59,6 +63,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "AskingScorer",
     "Attachment",
     "Budget",
     "Card",
@@ -70,8 +75,10 @@ __all__ = [
     "Recipe",
     "Reduction",
     "Report",
+    "Scorer",
     "Tokens",
     "__version__",
+    "choose_frames",
     "embedded",
     "get_method",
     "list_families",

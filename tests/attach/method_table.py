@@ -107,6 +107,15 @@ METHOD_TABLE: dict[str, Row] = {
     "pool": Row("pool", ("projector",), merges=True),
     "pyramiddrop": Row("pyramiddrop", ("decoder",), reads_text=True),
     "quickvideo": Row("quickvideo(group_frames=2)", ("cache",)),
+    "quota": Row(
+        "quota",
+        ("frames", "projector"),
+        exact=False,
+        merges=True,
+        families=WITH_VIDEOS,
+        on_images=False,
+        reads_text=True,
+    ),
     "random": Row("random", ("projector",), exact=False),
     # On planes of few patches every centre would take in all that is left.
     "recoverable": Row(

@@ -71,6 +71,7 @@ def test_the_method_acts(name, family, request):
         acted[modality] = list(dict.fromkeys(stages)) if row.reduces else list(row.stages)
         if row.reduces and (row.on_images or {item.modality for item in report.items} == {"video"}):
             expected = set(get_method(name).reducing_stages()) & set(row.stages)
+            expected -= {"frames"}  # tensors come behind it
             if family in PACKED and get_method(name).encoder_optional:
                 expected -= {"encoder"}
             assert set(stages) == expected
@@ -267,8 +268,9 @@ def test_bfloat16(name, family):
         assert logits.dtype == dtype and torch.isfinite(logits).all()
         kept.append((chosen(run), run.report.as_dict()["layer_lengths"]))
     (full, lengths), (half, half_lengths) = kept
-    if name in ("holitom", "hiprune"):
-        # Thresholds, or neighbourhoods that meet, on rounded features: how many is their affair.
+    if name in ("holitom", "hiprune", "quota"):
+        # Thresholds, neighbourhoods that meet, or floors of shares on rounded features: how many is
+        # their affair.
         return
     assert lengths == half_lengths
     if name in ("random", "uniform", "pool", "fastv", "quickvideo"):

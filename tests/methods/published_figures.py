@@ -698,6 +698,11 @@ NOT_REPRODUCED: list[tuple[str, str, str]] = [
         "shared heads would give 393.8 GiB. The shape behind the figure is not said.",
     ),
     (
+        "quota",
+        "+3.2 % over six benchmarks at 12,544 tokens",
+        "accuracy at equal cost; the counts of frames and tokens are in its tests",
+    ),
+    (
         "safewatch",
         "98,245 GFLOPs untouched, 97,430 with its two parts",
         "neither the number of frames nor the lengths of policies are given",
@@ -728,6 +733,9 @@ NOT_REPRODUCED: list[tuple[str, str, str]] = [
         "video_xl2",
         "share of attention that block-wise reading computes",
         "counted in its code, not printed for a benchmark",
+    ),
+    (
+        "a time and memory; the lengths of its caches are in its tests",
     ),
     ("visionzip", "prefill 8 times faster", "a time; FLOPs were not verified"),
     (

@@ -13,6 +13,7 @@ from torch import nn
 
 from foveate.attach.encoder import EncoderRun, EncoderStage
 from foveate.attach.features import FeatureRecord, FeatureWatch
+from foveate.attach.frame_plans import Plans
 from foveate.attach.language import LanguageSettings, LanguageStage
 from foveate.attach.masks import refuse_unmasked
 from foveate.attach.reporting import CostModel, describe_budget, note_encoder
@@ -100,6 +101,9 @@ class Attachment(OfOneModel):
         model: the model.
         recipe: the recipe.
         report: the account of the last call that carried visual tokens.
+        plans: the frames that were chosen of what the next calls show (`Frames.plan`), one entry
+            per image or video in the order of the prompt, sample by sample; None: not chosen.
+            They stay until others are assigned; empty: nobody chose.
     """
 
     def __init__(
@@ -121,6 +125,7 @@ class Attachment(OfOneModel):
         self.evidence = evidence
         self.companion = companion
         self.report = Report()
+        self.plans: Plans = ()
         self._adapter = adapter_for(model)
         self._budgets: tuple[Budget, ...] = ()
         self._budget = budget
@@ -328,6 +333,7 @@ class Attachment(OfOneModel):
             seed=self.seed,
             evidence=self.evidence,
             companion=self.companion,
+            plans=lambda: self.plans,
         )
         language = LanguageStage(self.model, adapter, self._watch, settings)
         language.install(self._handles)

@@ -21,6 +21,7 @@ from foveate.attach.decoder import DecoderCall, LayerModules
 from foveate.attach.equal_distance import replace_forwards
 from foveate.attach.evidence import item_spans, observe
 from foveate.attach.features import FeatureRecord, FeatureWatch
+from foveate.attach.frame_plans import Plans, deal_plans, note_plans
 from foveate.attach.masks import MaskMaker
 from foveate.attach.noting import Trails
 from foveate.attach.plan import is_compact, plan_cache, plan_decoder
@@ -56,6 +57,7 @@ class LanguageSettings:
         publish: takes (report, feature records) of a finished call.
         evidence: whether what methods note is going to be drawn.
         companion: scores text against pictures for methods that ask; None: own embeddings.
+        plans: the frames that were chosen of the images and videos of the next call.
     """
 
     recipe: Recipe
@@ -68,6 +70,7 @@ class LanguageSettings:
     seed: int = 0
     evidence: bool = False
     companion: Companion | None = None
+    plans: Callable[[], Plans] = tuple
 
 
 @dataclass(eq=False)
@@ -236,7 +239,7 @@ class LanguageStage(OfOneModel):
         cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
         report = self.settings.new_report()
         batch, length = embeds.shape[:2]
-        items = self._find_items(batch, report)
+        items, plans = self._find_items(batch, report), self.settings.plans()
         use_cache = kwargs.get("use_cache")
         if cache is not None or (config.use_cache if use_cache is None else use_cache):
             cache = adopt(cache, config, len(self.layers), mask, self.make_layer)
@@ -263,6 +266,7 @@ class LanguageStage(OfOneModel):
             evidence=self.settings.evidence,
             stages={i: step.stages for i, step in enumerate(self.settings.recipe)},
             companion=self.settings.companion,
+            plans=deal_plans(items, plans, self.state.repeats),
         )
         embeds, sequence, positions, moved = reducer(embeds, valid, positions, items, deepstack)
         if moved is not None and cache is not None:
@@ -281,6 +285,7 @@ class LanguageStage(OfOneModel):
         exempt_samples(cache, sequence)
         ask_scale(call, self.rotary_step, positions, config)
         note_frames(report, self.settings.recipe)
+        note_plans(report, self.settings.recipe, plans)
         if self.blockwise is not None:
             call.blockwise = begin_blockwise(call, self.blockwise, embeds, config)
         return self._model_inputs(kwargs, call, embeds, positions)

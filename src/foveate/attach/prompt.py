@@ -30,6 +30,7 @@ from foveate.attach.sequence import (
 )
 from foveate.core import (
     Budget,
+    FramePlan,
     ItemReport,
     Method,
     ProjectorContext,
@@ -154,6 +155,7 @@ class PromptReducer:
         evidence: whether what methods note is going to be drawn.
         stages: by step number, the stages at which the step acts.
         companion: scores text against pictures; None: the model's own embeddings do.
+        plans: per sample and item, the frames that were chosen of it; empty: nobody chose.
     """
 
     steps: list[tuple[int, Method]]
@@ -168,6 +170,7 @@ class PromptReducer:
     evidence: bool = False
     stages: Mapping[int, tuple[Stage, ...]] = field(default_factory=dict)
     companion: Companion | None = None
+    plans: list[list[FramePlan | None]] = field(default_factory=list)
     paired: dict[Hashable, Any] = field(default_factory=dict)
 
     def reduce_item(
@@ -225,6 +228,7 @@ class PromptReducer:
                 read_encoder=encoder_reader(item, method, composed, x_1ND.device),
                 read_carried=read_carried,
                 stages=self.stages.get(step, ()),
+                plan=self.plans[item.sample][number] if self.plans else None,
                 notebook=projector_notebook(item.report, composed, tokens.num_tokens)
                 if self.evidence
                 else None,

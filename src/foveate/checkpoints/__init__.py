@@ -1,5 +1,6 @@
 """Checkpoints by name: models, their processors, the inputs they take, and the embedded one."""
 
+from foveate.checkpoints.asking import AskingScorer
 from foveate.checkpoints.chats import Chat, prepare, prepare_chats, read_chat
 from foveate.checkpoints.loading import EMBEDDED, embedded, embedded_folder, load_model
 from foveate.checkpoints.processors import frame_side, load_processor
@@ -7,6 +8,7 @@ from foveate.checkpoints.sources import open_clip, sample_frames
 
 __all__ = [
     "EMBEDDED",
+    "AskingScorer",
     "Chat",
     "embedded",
     "embedded_folder",

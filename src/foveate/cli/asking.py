@@ -57,7 +57,8 @@ class Asking:
             tell("decode the clip", 0, 1)
             if self.model == EMBEDDED:
                 embedded_folder()  # Says what to do where it is missing.
-            taken = sample_frames(open_clip(self.video), self.frames)
+            clip = open_clip(self.video)
+            taken = sample_frames(clip, self.frames)
             if self.model == EMBEDDED and len(taken) == 1:
                 raise ValueError(
                     "the embedded model was trained on clips and cannot look at a single picture "
@@ -67,14 +68,16 @@ class Asking:
             model, processor = load_model(self.model, device=self.device, dtype=dtype)
 
         def answer(recipe: Recipe | None, title: str) -> Answer:
+            chooses = recipe is not None and bool(recipe.at("frames"))
             budget = self.budget if recipe is not None else {}
             self._print_title(title)
             found = ask(
                 model,
                 processor,
-                taken,
+                clip if chooses else taken,
                 self.question,
                 recipe,
+                frames=self.frames,
                 max_new_tokens=self.max_new_tokens,
                 on_text=None if self.as_json else _write,
                 **budget,

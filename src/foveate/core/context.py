@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
 
@@ -18,6 +18,9 @@ from foveate.core.encoder_attention import EncoderAttentionView
 from foveate.core.evidence import EvidenceKind, Notebook
 from foveate.core.grid import Grid, Modality
 from foveate.errors import MissingSignalError
+
+if TYPE_CHECKING:
+    from foveate.core.frames import FramePlan
 
 #: The parts of a decoder layer that `Method.observe` sees.
 LayerModule = Literal["attention", "mlp"]
@@ -251,6 +254,8 @@ class ProjectorContext(Context):
         read_encoder: gives the view of a declared block or None; use `encoder_attention`.
         read_carried: gives what the encoder stage carried or None; use `carried_from_encoder`.
         carried: what `carry` noted.
+        plan: the frames of a video that a method chose, one entry per plane; None: nobody chose, or
+            nobody said so (`Attachment.plans`).
     """
 
     grid: Grid = field(default_factory=lambda: Grid.image(1, 1))
@@ -261,6 +266,7 @@ class ProjectorContext(Context):
     read_encoder: Callable[[int], EncoderAttentionView | None] = lambda layer: None
     read_carried: Callable[[str], torch.Tensor | None] = lambda name: None
     carried: MutableMapping[str, torch.Tensor] = field(default_factory=dict)
+    plan: FramePlan | None = None
 
     def carry(self, name: str, value_N: torch.Tensor) -> None:
         """Hand one value per token of the item, [N, ...], to the same method's decoder stage.

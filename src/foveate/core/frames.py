@@ -7,7 +7,7 @@ space.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -27,6 +27,11 @@ class FramePlan:
             in proportion to `scale_K` squared.
         group_K: which clip or scene each frame belongs to, int64 [K]; None: no groups.
         score_K: relevance by which they were chosen, float [K], for people and later stages; None.
+        room: frames of full size whose tokens later stages may share out, where more frames are
+            shown than there are tokens for; None: none do.
+        method: registry name of the method that chose; set by `foveate.choose_frames`.
+        num_candidates: frames of the clip, F; likewise.
+        spent: seconds that the choice took, scoring included; likewise.
 
     Raises:
         ValueError: no frame, frames out of order, or a value out of range.
@@ -45,6 +50,10 @@ class FramePlan:
     weight_K: torch.Tensor | None = None
     group_K: torch.Tensor | None = None
     score_K: torch.Tensor | None = None
+    room: float | None = None
+    method: str = ""
+    num_candidates: int = 0
+    spent: float = 0.0
 
     def __post_init__(self) -> None:
         index = self.index_K
@@ -68,6 +77,8 @@ class FramePlan:
             bool((weight >= 0).all()) and abs(float(weight.sum()) - 1) < 1e-4
         ):
             raise ValueError(f"weight_K must add up to 1, got {weight.tolist()[:20]}.")
+        if self.room is not None and not self.room > 0:
+            raise ValueError(f"room must be above 0 frames, got {self.room}.")
 
     @property
     def num_frames(self) -> int:
@@ -78,6 +89,50 @@ class FramePlan:
     def num_full_frames(self) -> float:
         """Frames of full size that would cost as many tokens."""
         return self.num_frames if self.scale_K is None else float((self.scale_K**2).sum())
+
+    def for_planes(self, num_planes: int) -> FramePlan:
+        """The plan as an encoder sees it that joins neighbouring frames into one plane.
+
+        A plane has the largest scale and score of its frames, the sum of their weights, and the
+        rank and group of the first.
+
+        Raises:
+            ValueError: so many planes cannot come of these frames.
+
+        Example:
+            >>> plan = FramePlan(torch.arange(3), score_K=torch.tensor([0.1, 0.4, 0.2]))
+            >>> plan.for_planes(2).score_K.tolist() == plan.score_K[1:].tolist()
+            True
+        """
+        K = self.num_frames
+        if num_planes == K:
+            return self
+        joined = -(-K // max(num_planes, 1))
+        if num_planes < 1 or -(-K // joined) != num_planes:
+            raise ValueError(
+                f"the plan has {K} frames, the item {num_planes} planes: give the model the frames "
+                "that were chosen, all of them and nothing else."
+            )
+        plane_K = torch.arange(K, device=self.index_K.device) // joined
+
+        def most(value_K: torch.Tensor | None) -> torch.Tensor | None:
+            if value_K is None:
+                return None
+            start = value_K.new_zeros(num_planes)
+            return start.scatter_reduce(0, plane_K, value_K, "amax", include_self=False)
+
+        weight_K = self.weight_K
+        return replace(
+            self,
+            index_K=self.index_K[::joined],
+            scale_K=most(self.scale_K),
+            weight_K=None
+            if weight_K is None
+            else weight_K.new_zeros(num_planes).index_add(0, plane_K, weight_K),
+            group_K=None if self.group_K is None else self.group_K[::joined],
+            score_K=most(self.score_K),
+            room=None if self.room is None else self.room / joined,
+        )
 
 
 @dataclass(eq=False)
@@ -95,8 +150,12 @@ class FramesContext(Context):
         relevance: `relevance(index_n)` gives how well frames fit the question, float32 [n], larger
             is better, from the scorer; small copies of those frames are decoded for it, and every
             frame at most once per clip. None: there is no scorer.
+        probabilities: whether relevance lies in [0, 1] as a probability does (a model's yes), or is
+            a cosine.
         embeddings: `embeddings(index_n)` gives the same frames in the scorer's space, float32
-            [n, E] of length 1; None: there is no scorer, or it has no such space.
+            [n, E] of length 1; of a scorer without one, pictures of 8 x 8 pixels less their mean
+            stand in. None: there is no scorer.
+        tokens_per_frame: of the model, to read an absolute budget; None: unknown.
     """
 
     frames: int = 1
@@ -106,7 +165,9 @@ class FramesContext(Context):
     bytes_F: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     question: str = ""
     relevance: Callable[[torch.Tensor], torch.Tensor] | None = None
+    probabilities: bool = False
     embeddings: Callable[[torch.Tensor], torch.Tensor] | None = None
+    tokens_per_frame: float | None = None
 
     @property
     def num_candidates(self) -> int:
@@ -115,8 +176,22 @@ class FramesContext(Context):
 
     @property
     def num_frames(self) -> int:
-        """Frames of full size that the budget has room for: at least 1, at most F."""
-        return max(1, min(self.budget.count(self.frames), self.num_candidates))
+        """Frames of full size that the budget has room for: at least 1, at most F.
+
+        Raises:
+            ValueError: the budget counts tokens, and nobody knows how many a frame has.
+        """
+        if self.budget.tokens is None:
+            num = self.budget.count(self.frames)
+        elif self.tokens_per_frame is None:
+            raise ValueError(
+                f"{self.method} chooses whole frames, and tokens={self.budget.tokens} does not say "
+                "how many: pass retain=, or tokens_per_frame= as well."
+            )
+        else:
+            room = round(self.frames * self.tokens_per_frame)
+            num = int(self.budget.count(room) / self.tokens_per_frame)
+        return max(1, min(num, self.num_candidates))
 
     def at_rate(self, fps: float) -> torch.Tensor:
         """Ranks of the frames on screen at 0, 1/fps, 2/fps, ... seconds, each once, int64 [n].

@@ -197,6 +197,15 @@ def _both_stretch(one: Step, other: Step) -> str | None:
     return None
 
 
+def _both_choose_frames(one: Step, other: Step) -> str | None:
+    if _both_at("frames", one, other):
+        return (
+            "both choose the frames of a clip. Leave one of them out of that stage: "
+            f'"{other.method.name}@{",".join(s for s in other.stages if s != "frames") or "..."}".'
+        )
+    return None
+
+
 def _both_store(one: Step, other: Step) -> str | None:
     if _both_at("cache", one, other) and _both_override("cache_storage", one, other):
         return "both say how the cache is stored. Use one of them."
@@ -236,7 +245,13 @@ def _both_at(stage: Stage, one: Step, other: Step) -> bool:
 
 _Rule = Callable[[Step, Step], str | None]
 #: Rules of a pair in the order of the recipe, and of a pair whichever comes first.
-_ORDERED: tuple[_Rule, ...] = (_reads_layout, _both_renumber, _both_stretch, _both_store)
+_ORDERED: tuple[_Rule, ...] = (
+    _both_choose_frames,
+    _reads_layout,
+    _both_renumber,
+    _both_stretch,
+    _both_store,
+)
 _SYMMETRIC: tuple[_Rule, ...] = (
     _dropped_patches,
     _parks_and_renumbers,

@@ -38,6 +38,7 @@ _BUILTIN: dict[str, str] = {
     "pool": "foveate.methods.pool:Pool",
     "pyramiddrop": "foveate.methods.pyramiddrop:PyramidDrop",
     "quickvideo": "foveate.methods.quickvideo:QuickVideo",
+    "quota": "foveate.methods.quota:QuoTA",
     "random": "foveate.methods.random:Random",
     "recoverable": "foveate.methods.recoverable:Recoverable",
     "safewatch": "foveate.methods.safewatch:SafeWatch",

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, normalize
 
 from foveate.errors import UnsupportedModelError
 from foveate.models.tower import pair
@@ -27,7 +27,8 @@ class Companion:
     """A dual encoder (CLIP, SigLIP or alike) that tells how well text and pictures fit.
 
     Methods guided by the text read its scores with the signals "text.frame_similarity" and
-    "text.patch_similarity". It runs once per visual item, in batches, and is never changed.
+    "text.patch_similarity". It runs once per visual item, in batches, and is never changed. It is
+    also a `foveate.Scorer`: methods that choose frames read the cosine of the question with each.
 
     Args:
         model: a transformers model with `get_text_features` and `get_image_features`.
@@ -45,6 +46,8 @@ class Companion:
         >>> clip = foveate.Companion(model, processor, decode=tokenizer)       # doctest: +SKIP
         >>> foveate.reduce(llava, "free_video_llm", companion=clip)            # doctest: +SKIP
     """
+
+    probabilities = False
 
     def __init__(
         self,
@@ -109,6 +112,22 @@ class Companion:
         return _pooled(out).float()
 
     @torch.no_grad()
+    def embed(self, pixels_T3hw: Tensor) -> Tensor:
+        """Pictures in the common space, float32 [T, E] of length 1; as `embed_pictures` has them.
+
+        Raises:
+            ValueError: the pictures have another form.
+        """
+        _check_pictures(pixels_T3hw)
+        parts = [_pooled(self._encoded(part)) for part in pixels_T3hw.split(self.batch)]
+        return normalize(torch.cat(parts).float(), dim=-1)
+
+    def relevance(self, pixels_T3hw: Tensor, question: str) -> Tensor:
+        """Cosine of a question with every picture, float32 [T]; see `foveate.Scorer`."""
+        text_1E = normalize(self.embed_text(question), dim=-1)
+        return (self.embed(pixels_T3hw) @ text_1E.mT)[:, 0]
+
+    @torch.no_grad()
     def embed_pictures(self, pixels_T3hw: Tensor) -> tuple[Tensor, Tensor]:
         """Pictures and their patches in the common space, float32 [T, E] and [T, h, w, E].
 
@@ -123,21 +142,23 @@ class Companion:
             ValueError: the pictures have another form.
             UnsupportedModelError: the model gives no states of patches.
         """
-        if pixels_T3hw.dim() != 4 or pixels_T3hw.shape[1] != 3 or not len(pixels_T3hw):
-            raise ValueError(
-                f"pictures must be uint8 [T, 3, height, width], got {pixels_T3hw.dtype} "
-                f"{tuple(pixels_T3hw.shape)}."
-            )
+        _check_pictures(pixels_T3hw)
         parts = [self._forward(part) for part in pixels_T3hw.split(self.batch)]
         pooled, patches = zip(*parts, strict=True)
         return torch.cat(pooled), torch.cat(patches)
 
-    def _forward(self, pixels_T3hw: Tensor) -> tuple[Tensor, Tensor]:
+    def _encoded(self, pixels_T3hw: Tensor) -> Any:
+        return self.model.get_image_features(pixel_values=self._normalised(pixels_T3hw))
+
+    def _normalised(self, pixels_T3hw: Tensor) -> Tensor:
         weight = next(self.model.parameters())
         x = pixels_T3hw.to(weight.device, torch.float32)
         x = interpolate(x, self.size, mode="bicubic", align_corners=False, antialias=True)
         mean, std = (x.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
-        x = ((x.clamp(0, 255) / 255 - mean) / std).to(weight.dtype)
+        return ((x.clamp(0, 255) / 255 - mean) / std).to(weight.dtype)
+
+    def _forward(self, pixels_T3hw: Tensor) -> tuple[Tensor, Tensor]:
+        x = self._normalised(pixels_T3hw)
         out = self.model.get_image_features(pixel_values=x)
         states = getattr(out, "last_hidden_state", None)
         if states is None:  # transformers < 5 returns the pooled features alone
@@ -172,6 +193,14 @@ def _decoder(decode: Any) -> Callable[[list[int]], Any]:
         f"decode must be the language model's tokenizer or processor, or a function from ids to "
         f"text, got {type(decode).__name__}."
     )
+
+
+def _check_pictures(pixels_T3hw: Tensor) -> None:
+    if pixels_T3hw.dim() != 4 or pixels_T3hw.shape[1] != 3 or not len(pixels_T3hw):
+        raise ValueError(
+            f"pictures must be uint8 [T, 3, height, width], got {pixels_T3hw.dtype} "
+            f"{tuple(pixels_T3hw.shape)}."
+        )
 
 
 def _pooled(out: Any) -> Tensor:

@@ -29,6 +29,7 @@ from foveate.ops.merge import (
 )
 from foveate.ops.outliers import local_outlier_factor
 from foveate.ops.quantise import Quantised, quantise
+from foveate.ops.resample import average_matrix, bilinear_matrix
 from foveate.ops.schedule import earlier_layers, mean_share, share_schedule
 from foveate.ops.score import (
     adjacent_similarity,
@@ -66,6 +67,8 @@ __all__ = [
     "adjacent_similarity",
     "attention_column_sums",
     "attention_rows",
+    "average_matrix",
+    "bilinear_matrix",
     "bipartite_matching",
     "change_points",
     "concentration",

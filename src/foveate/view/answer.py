@@ -13,11 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from foveate.attach import reduce
-from foveate.checkpoints import prepare, sample_frames
+from foveate.attach import choose_frames, reduce
+from foveate.checkpoints import AskingScorer, prepare, sample_frames
 from foveate.checkpoints.processors import sees_whole_frames
 from foveate.core import Method, Recipe, Report
-from foveate.video import Frames
+from foveate.errors import UnsupportedModelError
+from foveate.models.companion import Companion
+from foveate.models.registry import adapter_for
+from foveate.models.scorer import Scorer
+from foveate.video import Clip, Frames
 from foveate.view.sources import picture_sized
 
 
@@ -76,6 +80,8 @@ def ask(
     frames: int = 16,
     max_new_tokens: int = 128,
     on_text: Callable[[str], None] | None = None,
+    companion: Companion | None = None,
+    scorer: Scorer | None = None,
     **arguments: Any,
 ) -> Answer:
     """Ask a model about a clip or picture, with or without a recipe on it.
@@ -88,9 +94,13 @@ def ask(
         recipe: as in `foveate.reduce`; None leaves the model untouched.
         retain: fraction of visual tokens kept, in (0, 1].
         tokens: absolute count kept instead.
-        frames: frames taken evenly; clips with fewer give all they have.
+        frames: frames taken evenly; clips with fewer give all they have. A method of the frames
+            stage chooses in their place (not where `source` is `Frames` already).
         max_new_tokens: longest answer, in tokens; greedy decoding.
         on_text: called with each piece of the answer as it comes.
+        companion: as in `foveate.reduce`.
+        scorer: as in `foveate.choose_frames`; default: the companion, else the model itself is
+            asked of each frame (`foveate.AskingScorer`).
         arguments: hyper-parameters of the recipe's methods.
 
     Returns:
@@ -105,15 +115,32 @@ def ask(
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
     if not question.strip():
         raise ValueError("the question is empty.")
-    taken = source if isinstance(source, Frames) else sample_frames(source, frames)
+    made = None if recipe is None else Recipe.of(recipe, **arguments)
+    budget = {"retain": retain, "tokens": tokens}
+    if isinstance(source, Frames):
+        taken = source
+    elif made is None or not made.at("frames"):
+        taken = sample_frames(source, frames)
+    else:
+        clip = Clip.open(source)
+        taken = choose_frames(
+            clip,
+            made,
+            question,
+            frames,
+            scorer=scorer or companion or _asking(model, processor),
+            tokens_per_frame=tokens and _tokens_per_frame(model, processor, clip, frames),
+            **budget,
+        )
     inputs = prepare(processor, taken, question, is_image=len(taken) == 1)
     parameter = next(model.parameters())
     inputs = {name: _placed(value, parameter) for name, value in inputs.items()}
     inputs = {k: v for k, v in inputs.items() if isinstance(v, torch.Tensor)}
     inputs.pop("batch_num_images", None)
     run = None
-    if recipe is not None:
-        run = reduce(model, recipe, retain=retain, tokens=tokens, evidence=True, **arguments)
+    if made is not None:
+        run = reduce(model, made, evidence=True, companion=companion, **budget)
+        run.plans = [] if taken.plan is None else [taken.plan]
     try:
         answer = _generate(model, processor, inputs, max_new_tokens, on_text)
         if run is not None:
@@ -130,6 +157,27 @@ def ask(
     if taken.damage:
         answer.report.notes.append(taken.damage.reason)
     return answer
+
+
+def _asking(model: nn.Module, processor: Any) -> Scorer | None:
+    """The model as its own scorer, if it can be asked."""
+    kind = "video" if getattr(processor, "image_token", None) is None else "image"
+    try:
+        return AskingScorer(model, processor, kind=kind)
+    except UnsupportedModelError:
+        return None
+
+
+def _tokens_per_frame(model: nn.Module, processor: Any, clip: Clip, frames: int) -> float:
+    """Visual tokens of a frame of this clip, counted on as many black ones."""
+    num = min(frames, len(clip))
+    pixels = torch.zeros(num, 3, clip.info.height, clip.info.width, dtype=torch.uint8)
+    index = torch.arange(num)
+    black = Frames(pixels, index.double(), index)
+    ids = prepare(processor, black, "?", is_image=num == 1)["input_ids"]
+    adapter: Any = adapter_for(model)
+    tokens = adapter.placeholder_ids(model)
+    return sum(int((ids == token).sum()) for token in set(tokens.values())) / num
 
 
 def _placed(value: Any, like: torch.Tensor) -> Any:
