@@ -73,6 +73,13 @@ METHOD_TABLE: dict[str, Row] = {
         reads_text=True,
     ),
     "fopru": Row("fopru", ("projector",), exact=False),
+    # Pictures of noise: about half of the patches change by more than this.
+    "grt": Row(
+        "grt(tau=19.6)",
+        ("patches", "projector"),
+        families=("llava_next_video", "llava_onevision", "video_llava"),
+        on_images=False,
+    ),
     "hiprune": Row("hiprune(alpha=0.5)", ("projector",), exact=False),
     # One or two slow frames beside the fast path of all, on clips of few frames.
     "free_video_llm": Row(

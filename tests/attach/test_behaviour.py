@@ -204,7 +204,7 @@ def test_counts_and_provenance(name, family):
             assert fed == set(range(item.after))
         acts = "projector" in row.stages and (row.on_images or item.modality == "video")
         assert (item.after < item.before) == acts
-    if "encoder" in row.stages:
+    if {"patches", "encoder"} & set(row.stages):
         return  # the features differ before the prompt is assembled; see test_encoder_stage.py
     for sample in range(len(samples_of(family))):
         items = [item for item in run.report.items if item.sample == sample]

@@ -57,7 +57,7 @@ def test_one_budget_per_sample(name, family, beams, request):
     model, row = model_of(family), METHOD_TABLE[name]
     samples = samples_of(family)[:2]
     retains = [1.0, row.retain]
-    if "encoder" in row.stages:
+    if {"patches", "encoder"} & set(row.stages):
         # An encoder runs over all images at once.
         with pytest.raises(AttachmentError, match="must be one value") as refusal:
             attach(name, model, retain=retains)
@@ -159,7 +159,7 @@ def test_second_turn_on_the_returned_cache(name, family):
             turn = second_turn(model, inputs, first)
             second = greedy(model, {**turn, "past_key_values": first.past_key_values}, 3)
             logits.append(torch.stack(second.logits))
-            early = set(row.stages) <= {"projector", "encoder"} and not row.reads_text
+            early = set(row.stages) <= {"patches", "projector", "encoder"} and not row.reads_text
             if not mask_only and early:
                 # What the text does not decide is the same when all of it comes at once.
                 pixels = {k: v for k, v in inputs.items() if k not in turn}

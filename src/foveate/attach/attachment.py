@@ -153,7 +153,8 @@ class Attachment(OfOneModel):
     def budget(self, value: Budget | float) -> None:
         budget = value if isinstance(value, Budget) else Budget(retain=value)
         budgets = self.recipe.budgets(budget)
-        if any(budgets[index].num_samples is not None for index in self.recipe.at("encoder")):
+        inside = (*self.recipe.at("patches"), *self.recipe.at("encoder"))
+        if any(budgets[index].num_samples is not None for index in inside):
             raise AttachmentError(
                 "An encoder runs all images of a call as one batch, so its budget must be one "
                 "value; give per-sample budgets to projector or decoder methods only."
@@ -229,7 +230,7 @@ class Attachment(OfOneModel):
     # -- encoder alone --------------------------------------------------------------------------
 
     def _attach_encoder_alone(self, adapter: EncoderAdapter, restore: bool) -> None:
-        outside = [step for step in self.recipe if "encoder" not in step.stages]
+        outside = [step for step in self.recipe if not {"patches", "encoder"} & set(step.stages)]
         if outside:
             raise AttachmentError(
                 f"{outside[0].method.name} acts at {', '.join(outside[0].stages)}, but "
@@ -264,6 +265,8 @@ class Attachment(OfOneModel):
             self.evidence,
             tuple if watch is None else watch.layouts,
             {i: step.stages for i, step in enumerate(self.recipe)},
+            [(i, self.recipe.steps[i].method) for i in self.recipe.at("patches")],
+            self.seed,
         )
 
     def _encoder_steps(self, tower: VisionTower) -> list[tuple[int, Method]]:
@@ -307,7 +310,8 @@ class Attachment(OfOneModel):
             running,
             lambda: self.active,
         )
-        inside = [tower for tower in unique if self._encoder_steps(tower)]
+        gated = bool(self.recipe.at("patches"))
+        inside = [tower for tower in unique if gated or self._encoder_steps(tower)]
         if inside:
             self._check_feature_layers(adapter)
         stages += [self._encoder_stage(tower, True, self._note_encoder_run) for tower in inside]

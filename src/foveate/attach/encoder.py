@@ -1,8 +1,12 @@
-"""The encoder stage: shorter sequences between and inside the blocks of a vision encoder.
+"""The patches and encoder stages: shorter sequences before, between and inside vision blocks.
 
 A block computes x = x + attention(...), then x = x + mlp(norm(x)). To shorten the sequence between
 the two with hooks alone, the norm gets the shorter x, the MLP branch hands zeros to the residual
 addition, and the block's output is replaced by (shorter x) + (its MLP output).
+
+What the patches stage keeps out is gone before the first block. Its images differ in length, so
+they share rows (`Packing`) in which no image sees another; methods inside the encoder get them one
+by one, padded, all the same.
 
 Legend: B images of a call, N tokens of one of them, M tokens left, D channels.
 """
@@ -20,7 +24,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from foveate.attach.noting import encoder_notebook
+from foveate.attach.gating import entering, fill, gate, latest, pixels_of
+from foveate.attach.noting import encoder_notebook, patches_notebook
+from foveate.attach.packing import Packing
 from foveate.attach.single import OfOneModel
 from foveate.attach.tower_tap import TowerTap
 from foveate.core import (
@@ -30,10 +36,12 @@ from foveate.core import (
     Grid,
     Method,
     Notebook,
+    PatchesContext,
     Reduction,
     Stage,
     Tokens,
 )
+from foveate.core.flops import EncoderDims, encoder_flops
 from foveate.errors import AttachmentError
 from foveate.models.tower import VisionTower
 
@@ -57,6 +65,11 @@ class EncoderRun:
         carried: by step number and name: what methods carried, [B, P], until the call is over.
         left_BNC: states in which dropped tokens left, at full length, where a method drops some.
         notes: what methods noted, values over all patches, [B, P].
+        pixels: the pictures of the call until the patches stage has looked at them.
+        entered: from the encoder's tokens to those that entered the first block; None: all.
+        packing: how the present tokens share rows; None: every image has one of its own.
+        rows: sequences that the attention of each block ran on.
+        mlp_rows: likewise its MLP.
     """
 
     num_images: int = 0
@@ -74,10 +87,35 @@ class EncoderRun:
     carried: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
     left_BNC: torch.Tensor | None = None
     notes: list[Evidence] = field(default_factory=list)
+    pixels: torch.Tensor | None = None
+    entered: Reduction | None = None
+    packing: Packing | None = None
+    rows: list[int] = field(default_factory=list)
+    mlp_rows: list[int] = field(default_factory=list)
+
+    def counts(self) -> tuple[int, ...]:
+        """Tokens of every image behind the last reduction, padding included inside the encoder."""
+        if self.reduction is None:
+            return (self.num_tokens,) * self.num_images
+        if self.entered is None:
+            return (self.reduction.num_out,) * self.num_images
+        return tuple(self.reduction.counts_B.tolist())
+
+    def flops(self, dims: EncoderDims) -> int:
+        """What the call has cost, padding included, in FLOPs."""
+        if {*self.rows, *self.mlp_rows} == {self.num_images}:
+            attention, mlp, images = self.attention_lengths, self.lengths, self.num_images
+        else:
+            pairs = zip(self.attention_lengths, self.rows, strict=True)
+            attention, images = [(length,) * rows for length, rows in pairs], 1
+            pairs = zip(self.lengths, self.mlp_rows, strict=True)
+            mlp = [length * rows for length, rows in pairs]
+        patches = self.num_tokens * self.num_images // images
+        return encoder_flops(dims, attention, images, mlp_lengths=mlp, num_patches=patches)
 
 
 class EncoderStage(OfOneModel):
-    """Encoder-stage methods on one tower.
+    """Patches- and encoder-stage methods on one tower.
 
     Args:
         tower: where to hook.
@@ -89,6 +127,8 @@ class EncoderStage(OfOneModel):
         evidence: whether what methods note is going to be drawn.
         layouts: gives `EncoderContext.layouts` of the running call.
         stages: by step number, the stages at which the step acts.
+        gates: the same of steps that act at the patches stage.
+        seed: for methods of that stage that draw random numbers.
     """
 
     def __init__(
@@ -101,7 +141,15 @@ class EncoderStage(OfOneModel):
         evidence: bool = False,
         layouts: Callable[[], Sequence[tuple[Grid, int]]] = tuple,
         stages: Mapping[int, tuple[Stage, ...]] = MappingProxyType({}),
+        gates: Sequence[tuple[int, Method]] = (),
+        seed: int = 0,
     ) -> None:
+        if tower.packed and gates:
+            raise AttachmentError(
+                f"{gates[0][1].name} keeps patches out of the encoder, but this encoder packs all "
+                "images into one row with windows and rotary positions; the patches stage needs "
+                'one sequence per image. Use another method here, e.g. "vidcom2".'
+            )
         if tower.packed:
             names = ", ".join(method.name for _, method in steps)
             raise AttachmentError(
@@ -124,6 +172,8 @@ class EncoderStage(OfOneModel):
         self.evidence = evidence
         self.layouts = layouts
         self.stages = stages
+        self.gates = gates
+        self.seed = seed
         self.reads_values = any(method.reads_values for _, method in steps)
         self._local = threading.local()
 
@@ -142,7 +192,7 @@ class EncoderStage(OfOneModel):
     def install(self, handles: list[Any]) -> None:
         """Register all hooks, adding them to `handles`."""
         tower = self.tower
-        handles.append(tower.module.register_forward_pre_hook(self._start))
+        handles.append(tower.module.register_forward_pre_hook(self._start, with_kwargs=True))
         handles.append(tower.module.register_forward_hook(self._finish, always_call=True))
         for index, block in enumerate(tower.blocks):
             handles.append(
@@ -163,15 +213,17 @@ class EncoderStage(OfOneModel):
             # Ahead of the hooks with which transformers records hidden states.
             handles.append(block.register_forward_hook(self._after_block(index), prepend=True))
 
-    def _start(self, module: nn.Module, args: tuple) -> None:
-        active = any(not self.budget(index).is_full for index, _ in self.steps)
-        self._local.run = EncoderRun(num_prefix=self.tower.num_prefix) if active else None
+    def _start(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        active = any(not self.budget(index).is_full for index, _ in (*self.gates, *self.steps))
+        self._local.run = run = EncoderRun(num_prefix=self.tower.num_prefix) if active else None
+        if run is not None and self.gates:
+            run.pixels = pixels_of(args, kwargs)
 
     def _finish(self, module: nn.Module, args: tuple, output: Any) -> None:
         run, self._local.run = self.run, None
         if run is not None and run.lengths and output is not None:
             # The run outlives the call in the report; its features must not.
-            run.tokens = run.captured = run.left_BNC = None
+            run.tokens = run.captured = run.left_BNC = run.packing = run.pixels = None
             run.state = {}
             self.finished(run)
 
@@ -183,9 +235,13 @@ class EncoderStage(OfOneModel):
             x_BND = args[0] if args else kwargs["hidden_states"]
             if not run.lengths:
                 run.num_images, run.num_tokens = x_BND.shape[:2]
+            gated = run.pixels is not None
+            if gated:
+                x_BND = self._gate(run, x_BND)
             x_BND, changed = self._reduce_at("block_start", index, x_BND)
             run.attention_lengths.append(x_BND.shape[1])
-            if not changed:
+            run.rows.append(x_BND.shape[0])
+            if not changed and not gated:
                 return None
             if args:
                 return (x_BND, *args[1:]), kwargs
@@ -215,7 +271,11 @@ class EncoderStage(OfOneModel):
                     'with attn_implementation="sdpa".'
                 )
             x_BND = args[0] if args else kwargs["hidden_states"]
-            bias = size_BN.log()[:, None, None].to(x_BND.dtype)
+            packing = self.run.packing if self.run is not None else None
+            if packing is None:
+                bias = size_BN.log()[:, None, None].to(x_BND.dtype)
+            else:
+                bias = packing.attention_bias(size_BN, x_BND.dtype)
             if position < len(args):
                 _refuse_mask(args[position])
                 return (*args[:position], bias, *args[position + 1 :]), kwargs
@@ -240,6 +300,7 @@ class EncoderStage(OfOneModel):
                 return None
             x_BND, changed = self._reduce_at("after_attention", index, args[0])
             run.lengths.append(x_BND.shape[1])
+            run.mlp_rows.append(x_BND.shape[0])
             if not changed:
                 return None
             run.stash = [x_BND]
@@ -269,6 +330,9 @@ class EncoderStage(OfOneModel):
                 run.stash = []
             y_BND, shorter = self._reduce_at("block_end", index, y_BND)
             changed |= shorter
+            if index == self.tower.feature_block and run.packing is not None:
+                y_BND, changed = run.packing.unpack(y_BND), True
+                run.packing = None
             if self.restore and index == self.tower.feature_block and run.reduction is not None:
                 y_BND, changed = self._restored(run, y_BND), True
                 run.restored = True
@@ -283,17 +347,23 @@ class EncoderStage(OfOneModel):
     def _reduce_at(self, point: str, index: int, x_BND: torch.Tensor) -> tuple[torch.Tensor, bool]:
         run = self.run
         assert run is not None
+        acting = [
+            (number, method)
+            for number, method in self.steps
+            if method.encoder_point == point and not self.budget(number).is_full
+        ]
         changed = False
-        if run.restored or index > self.tower.feature_block:
+        if run.restored or index > self.tower.feature_block or not acting:
             return x_BND, changed
-        for number, method in self.steps:
-            budget = self.budget(number)
-            if method.encoder_point != point or budget.is_full:
-                continue
+        captured, packing = run.captured or (None, None, None), run.packing
+        if packing is not None:
+            x_BND = packing.unpack(x_BND)
+            captured = tuple(None if x is None else packing.unpack_heads(x) for x in captured)
+        queries, keys, values = captured
+        for number, method in acting:
             begin = time.perf_counter()
-            queries, keys, values = run.captured or (None, None, None)
             context = EncoderContext(
-                budget=budget,
+                budget=self.budget(number),
                 method=method.name,
                 state=run.state.setdefault(number, {}),
                 layer=index,
@@ -321,7 +391,56 @@ class EncoderStage(OfOneModel):
             run.seconds += time.perf_counter() - begin
         if changed:
             run.captured = None
-        return x_BND, changed
+            self._pack(run)
+        if run.packing is not None:
+            x_BND = run.packing.pack(x_BND)
+        return x_BND, changed or packing is not None
+
+    def _gate(self, run: EncoderRun, x_BND: torch.Tensor) -> torch.Tensor:
+        """The patches stage: what enters the first block, in rows without padding."""
+        assert run.pixels is not None
+        begin, prefix = time.perf_counter(), self.tower.num_prefix
+        enters_BP = None
+        for number, method in self.gates:
+            if self.budget(number).is_full:
+                continue
+            shape = (run.num_images, run.num_tokens - prefix)
+            context = PatchesContext(
+                self.budget(number),
+                method.name,
+                self.seed,
+                notebook=patches_notebook(run.notes, shape) if self.evidence else None,
+                stages=self.stages.get(number, ()),
+                pixels_B3HW=run.pixels,
+                patch_size=self.tower.patch_size,
+                num_prefix=prefix,
+                layouts=self.layouts,
+            )
+            found_BP = entering(method, context, shape[1])
+            for name, value_BP in context.carried.items():
+                run.carried[number, name] = _checked_carry(run, method, name, value_BP)
+            if found_BP is not None:
+                enters_BP = found_BP if enters_BP is None else enters_BP & found_BP
+        run.pixels = None
+        if enters_BP is not None and not bool(enters_BP.all()):
+            # A method inside the encoder, or whoever reads the short output, expects every image.
+            skip_empty = self.restore and not self.steps
+            run.entered = gate(enters_BP, prefix, skip_empty)
+            run.tokens = Tokens(x_BND).reduce(run.entered)
+            run.reduction = run.tokens.reduction
+            x_BND = run.tokens.x_BND
+            self._pack(run)
+            if run.packing is not None:
+                x_BND = run.packing.pack(x_BND)
+        run.seconds += time.perf_counter() - begin
+        return x_BND
+
+    @staticmethod
+    def _pack(run: EncoderRun) -> None:
+        """Let images share rows where the patches stage has made them differ in length."""
+        if run.entered is not None and run.tokens is not None:
+            mask_BM = run.tokens.mask_BN
+            run.packing = None if mask_BM is None else Packing.of(mask_BM)
 
     def _notebook(self, run: EncoderRun, index: int, x_BND: torch.Tensor) -> Notebook | None:
         if not self.evidence:
@@ -347,9 +466,9 @@ class EncoderStage(OfOneModel):
         """The sequence at full length; what was dropped is zero, or as it left."""
         assert run.reduction is not None
         y_BNC = run.reduction.restore(y_BMC)
-        if run.left_BNC is None:
-            return y_BNC
-        return y_BNC.where((run.reduction.groups_BN >= 0)[..., None], run.left_BNC)
+        if run.left_BNC is not None:
+            y_BNC = y_BNC.where((run.reduction.groups_BN >= 0)[..., None], run.left_BNC)
+        return y_BNC if run.entered is None else fill(y_BNC, latest(run.entered))
 
 
 def _is_proportional(step: tuple[int, Method]) -> bool:

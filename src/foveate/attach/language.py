@@ -27,6 +27,7 @@ from foveate.attach.noting import Trails
 from foveate.attach.plan import is_compact, plan_cache, plan_decoder
 from foveate.attach.prompt import PromptReducer, find_items
 from foveate.attach.quantised import exempt_samples, plan_storage
+from foveate.attach.reading import vocabulary_of
 from foveate.attach.rotary import ask_scale, note_frames, plan_rotary, rotary_of
 from foveate.attach.rules import ask_rules, plan_rules
 from foveate.attach.sequence import (
@@ -267,6 +268,7 @@ class LanguageStage(OfOneModel):
             stages={i: step.stages for i, step in enumerate(self.settings.recipe)},
             companion=self.settings.companion,
             plans=deal_plans(items, plans, self.state.repeats),
+            vocabulary=vocabulary_of(self.model),
         )
         embeds, sequence, positions, moved = reducer(embeds, valid, positions, items, deepstack)
         if moved is not None and cache is not None:

@@ -50,6 +50,11 @@ def encoder_notebook(
     return Notebook("encoder", shape, take, layer)
 
 
+def patches_notebook(notes: list[Evidence], shape: tuple[int, int]) -> Notebook:
+    """Of the patches stage; takes values of all patches of all images, [B, P]."""
+    return Notebook("patches", shape, notes.append)
+
+
 def encoder_evidence(
     runs: Sequence[Any], token_maps: TokenMaps, num_items: int
 ) -> list[list[Evidence]]:

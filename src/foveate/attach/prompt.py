@@ -156,6 +156,7 @@ class PromptReducer:
         stages: by step number, the stages at which the step acts.
         companion: scores text against pictures; None: the model's own embeddings do.
         plans: per sample and item, the frames that were chosen of it; empty: nobody chose.
+        vocabulary: the language model's head; None: there is none.
     """
 
     steps: list[tuple[int, Method]]
@@ -172,6 +173,7 @@ class PromptReducer:
     companion: Companion | None = None
     plans: list[list[FramePlan | None]] = field(default_factory=list)
     paired: dict[Hashable, Any] = field(default_factory=dict)
+    vocabulary: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def reduce_item(
         self,
@@ -229,6 +231,7 @@ class PromptReducer:
                 read_carried=read_carried,
                 stages=self.stages.get(step, ()),
                 plan=self.plans[item.sample][number] if self.plans else None,
+                vocabulary=self.vocabulary,
                 notebook=projector_notebook(item.report, composed, tokens.num_tokens)
                 if self.evidence
                 else None,

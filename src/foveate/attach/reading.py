@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from foveate.attach.pairing import Pairing
 from foveate.attach.sequence import VisualItem
@@ -62,6 +63,20 @@ def segment_rows(item: VisualItem, items: list[VisualItem], text_S: torch.Tensor
         stop = ends_I[ends_I < earlier_S[-1]]
         return earlier_S[earlier_S > stop.max()] if stop.shape[0] else earlier_S
     return text_S
+
+
+def vocabulary_of(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """The head that turns hidden states [..., D] into logits of words; None: the model has none.
+
+    The embeddings stand in for a head that a model without language modelling lacks.
+    """
+    found: Any = model
+    head = found.get_output_embeddings()
+    if head is not None:
+        return head
+    embeddings = found.get_input_embeddings()
+    weight = getattr(embeddings, "weight", None)
+    return None if weight is None else lambda x: x.to(weight.dtype) @ weight.T
 
 
 def text_reader(

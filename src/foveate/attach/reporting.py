@@ -9,7 +9,7 @@ from torch import nn
 
 from foveate.attach.encoder import EncoderRun
 from foveate.attach.features import FeatureRecord
-from foveate.core import Budget, Recipe, Report, StageReport
+from foveate.core import Budget, Recipe, Report, Stage, StageReport
 from foveate.core.flops import (
     FlopsBreakdown,
     encoder_flops,
@@ -34,16 +34,27 @@ def _plain(value: Any) -> str:
 
 
 def note_encoder(report: Report, recipe: Recipe, runs: Iterable[EncoderRun]) -> None:
-    """Add the encoder stage: tokens entering the first block and leaving the feature block."""
-    names = " + ".join(recipe.steps[i].method.name for i in recipe.at("encoder"))
+    """Add the patches and encoder stages: tokens entering the first block, leaving the last."""
+    runs = list(runs)
     for run in runs:
-        left = run.num_tokens if run.reduction is None else run.reduction.num_out
-        if left == run.num_tokens:
-            continue
-        images = run.num_images
-        entry = StageReport("encoder", names, (run.num_tokens,) * images, (left,) * images)
-        report.stages.insert(0, entry)
-        report.spend("encoder", run.seconds)
+        before, after = (run.num_tokens,) * run.num_images, run.counts()
+        if run.entered is not None:
+            before = tuple(run.entered.counts_B.tolist())
+        if sum(after) < sum(before):
+            report.stages.insert(
+                0, StageReport("encoder", _names(recipe, "encoder"), before, after)
+            )
+            report.spend("encoder", run.seconds)
+    for run in runs:
+        if run.entered is not None:
+            before, after = (run.num_tokens,) * run.num_images, run.entered.counts_B.tolist()
+            entry = StageReport("patches", _names(recipe, "patches"), before, tuple(after))
+            report.stages.insert(0, entry)
+            report.spend("patches", run.seconds)
+
+
+def _names(recipe: Recipe, stage: Stage) -> str:
+    return " + ".join(recipe.steps[i].method.name for i in recipe.at(stage))
 
 
 class CostModel:
@@ -102,13 +113,7 @@ class CostModel:
         }
 
     def _run(self, run: EncoderRun) -> int:
-        return encoder_flops(
-            self.vision,
-            run.attention_lengths,
-            run.num_images,
-            mlp_lengths=run.lengths,
-            num_patches=run.num_tokens,
-        )
+        return run.flops(self.vision)
 
     def _tower(self, record: FeatureRecord) -> int:
         if record.grid_thw:

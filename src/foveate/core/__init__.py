@@ -19,6 +19,7 @@ from foveate.core.frames import FramePlan, FramesContext
 from foveate.core.grid import Grid, Modality, Plane, TokenKind
 from foveate.core.method import Count, Method, relative_layer
 from foveate.core.newlines import NewlinePolicy, with_newlines, with_special
+from foveate.core.patches import PatchesContext
 from foveate.core.planes import (
     average_cells,
     by_rank_in_planes,
@@ -69,6 +70,7 @@ __all__ = [
     "NewlinePolicy",
     "Notebook",
     "PatchSelector",
+    "PatchesContext",
     "Plane",
     "PlaneSelector",
     "Preset",

@@ -256,6 +256,7 @@ class ProjectorContext(Context):
         carried: what `carry` noted.
         plan: the frames of a video that a method chose, one entry per plane; None: nobody chose, or
             nobody said so (`Attachment.plans`).
+        vocabulary: the language model's head, [..., D] -> [..., words] logits; None: there is none.
     """
 
     grid: Grid = field(default_factory=lambda: Grid.image(1, 1))
@@ -267,6 +268,7 @@ class ProjectorContext(Context):
     read_carried: Callable[[str], torch.Tensor | None] = lambda name: None
     carried: MutableMapping[str, torch.Tensor] = field(default_factory=dict)
     plan: FramePlan | None = None
+    vocabulary: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def carry(self, name: str, value_N: torch.Tensor) -> None:
         """Hand one value per token of the item, [N, ...], to the same method's decoder stage.

@@ -12,8 +12,8 @@ from foveate.core.step import Step
 from foveate.errors import RecipeError
 
 #: Stages behind which tokens stay away. An encoder brings its tokens back for the projector, so a
-#: method that acts there alone saves time and takes nothing from the budget of the others.
-_LASTING: tuple[Stage, ...] = ("frames", "patches", "projector", "decoder", "cache")
+#: method that acts in front of it or there alone takes nothing from the budget of the others.
+_LASTING: tuple[Stage, ...] = ("frames", "projector", "decoder", "cache")
 
 
 # -- budgets ------------------------------------------------------------------------------------
@@ -23,9 +23,9 @@ def joint_budgets(steps: Sequence[Step], budget: Budget) -> tuple[Budget, ...]:
     """The budget of every step, so that together they leave what `budget` says.
 
     Fractions multiply: the steps without a budget of their own share what those with one leave of
-    it, `rest ** (share / sum of shares)` each. Methods inside the encoder alone are apart, unless
-    the recipe has no others: they keep their own or published budget. Without a budget of the call
-    everybody does.
+    it, `rest ** (share / sum of shares)` each. Methods that act at patches or inside the encoder
+    alone are apart, unless the recipe has no others: they keep their own or published budget.
+    Without a budget of the call everybody does.
 
     Raises:
         RecipeError: nobody is left to take the budget, the steps with one keep less than it asks
@@ -221,14 +221,16 @@ def _reduces_at(stage: Stage, step: Step) -> bool:
 
 
 def _dropped_patches(one: Step, other: Step) -> str | None:
-    if "encoder" not in one.stages or not one.method.encoder_drops:
+    inside = "encoder" in one.stages and one.method.encoder_drops
+    if not inside and "patches" not in one.stages:
         return None
     named = [need for needs in other.method.needs for need in _names(needs)]
     maps = [name for name in named if name.startswith("encoder.") and name != "encoder.pixels"]
     if maps or ("projector" in other.stages and overrides(other.method, "encoder_layers")):
         what = maps[0] if maps else "attention of its blocks"
+        where = "inside" if inside else "before"
         return (
-            f"{one.method.name} drops patches inside the encoder, so {other.method.name} would "
+            f"{one.method.name} drops patches {where} the encoder, so {other.method.name} would "
             f"find no {what} for them. Use one of the two, or one that reads tokens alone "
             "(divprune)."
         )

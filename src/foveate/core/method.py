@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from foveate.core.blocks import Blocks, PrefillContext
     from foveate.core.frames import FramePlan, FramesContext
+    from foveate.core.patches import PatchesContext
 
 
 @dataclass(frozen=True)
@@ -191,6 +192,15 @@ class Method:
 
         `foveate.choose_frames`, `ask` and `bench` ask it; a model to which the recipe is attached
         sees frames only when they have been chosen. `ProjectorContext.plan` has the answer.
+        """
+        raise NotImplementedError
+
+    def patches(self, context: PatchesContext) -> torch.Tensor | None:
+        """Say which patches of every image enter the encoder, bool [B, P]; None: all of them.
+
+        Asked before the first block, which then runs on those alone. Behind the last one the others
+        have the output of the latest frame before them that computed theirs, so the first frame of
+        every clip (`PatchesContext.clip_starts`) must enter whole.
         """
         raise NotImplementedError
 

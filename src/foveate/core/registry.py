@@ -29,6 +29,7 @@ _BUILTIN: dict[str, str] = {
     "flowcut": "foveate.methods.flowcut:FlowCut",
     "fopru": "foveate.methods.fopru:FoPru",
     "free_video_llm": "foveate.methods.free_video_llm:FreeVideoLLM",
+    "grt": "foveate.methods.grt:GRT",
     "hiprune": "foveate.methods.hiprune:HiPrune",
     "holitom": "foveate.methods.holitom:HoliTom",
     "intp": "foveate.methods.intp:INTP",

@@ -27,6 +27,13 @@ from foveate.ops.merge import (
     scatter_sum,
     unmerge,
 )
+from foveate.ops.motion import (
+    Metric,
+    image_patches,
+    jensen_shannon,
+    last_true,
+    patch_change,
+)
 from foveate.ops.outliers import local_outlier_factor
 from foveate.ops.quantise import Quantised, quantise
 from foveate.ops.resample import average_matrix, bilinear_matrix
@@ -62,6 +69,7 @@ from foveate.ops.stretch import ntk_base, ntk_frequencies
 
 __all__ = [
     "Matching",
+    "Metric",
     "Quantised",
     "Segmentation",
     "adjacent_similarity",
@@ -81,10 +89,13 @@ __all__ = [
     "flow_score",
     "gather_tokens",
     "halving_weights",
+    "image_patches",
     "interleave",
+    "jensen_shannon",
     "k_centre",
     "k_medoids",
     "kmeans",
+    "last_true",
     "linear_decay_schedule",
     "local_outlier_factor",
     "masked_softmax",
@@ -100,6 +111,7 @@ __all__ = [
     "page_rank_qk",
     "pairwise_distance",
     "parse_r",
+    "patch_change",
     "proportional",
     "quantise",
     "random_indices",

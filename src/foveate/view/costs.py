@@ -24,16 +24,7 @@ def count_flops(report: Report, encoder: Encoder, encoded: Encoded) -> None:
     full = encoder_flops(dims, patches + encoder.tower.num_prefix, images)
     spent = full
     if encoded.runs:
-        spent = sum(
-            encoder_flops(
-                dims,
-                run.attention_lengths,
-                run.num_images,
-                mlp_lengths=run.lengths,
-                num_patches=run.num_tokens,
-            )
-            for run in encoded.runs
-        )
+        spent = sum(run.flops(dims) for run in encoded.runs)
     untouched, reduced = {"encoder": float(full)}, {"encoder": float(spent)}
     if any(stage.stage == "projector" for stage in report.stages):
         untouched[REFERENCE_NAME] = float(prefill_flops(REFERENCE_LLM, report.visual_before))
@@ -59,5 +50,5 @@ def stages_not_run(recipe: Recipe) -> list[tuple[str, str]]:
         (step.method.name, stage)
         for step in recipe
         for stage in step.stages
-        if stage not in ("encoder", "projector")
+        if stage not in ("patches", "encoder", "projector")
     ]

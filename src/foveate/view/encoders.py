@@ -202,6 +202,7 @@ class EncoderPass:
         steps: encoder-stage methods, (number, method).
         budgets: budget of every step of the recipe, by number.
         readers: projector-stage methods, for the encoder blocks that they read.
+        gates: patches-stage methods, (number, method); every batch is a clip to them.
     """
 
     def __init__(
@@ -211,6 +212,7 @@ class EncoderPass:
         steps: Sequence[tuple[int, Method]] = (),
         budgets: Sequence[Budget] = (),
         readers: Sequence[Method] = (),
+        gates: Sequence[tuple[int, Method]] = (),
     ) -> None:
         self.encoder = encoder
         self.tower = encoder.tower
@@ -222,7 +224,7 @@ class EncoderPass:
         self._runs: list[EncoderRun] = []
         self._handles: list[Any] = []
         self._stage: EncoderStage | None = None
-        if steps:
+        if steps or gates:
             # Restored, because what follows (pooling, a projector) works on whole grids.
             self._stage = EncoderStage(
                 self.tower,
@@ -231,6 +233,7 @@ class EncoderPass:
                 True,
                 self._runs.append,
                 evidence=True,
+                gates=gates,
             )
 
     def __enter__(self) -> EncoderPass:

@@ -46,7 +46,7 @@ Progress = Callable[[str, int, int], None]
 
 _DECODE_CHUNK = 64
 #: Stages that run without a language model.
-_SHOWN = ("encoder", "projector")
+_SHOWN = ("patches", "encoder", "projector")
 
 
 def show_video(
@@ -117,7 +117,8 @@ def show_video(
     report = Report(_describe(encoder), str(made), describe_budget(budget))
     steps = [(i, made.steps[i].method) for i in made.at("encoder")]
     readers = [made.steps[i].method for i in made.at("projector")]
-    running = EncoderPass(encoder, _signals(made), steps, budgets, readers)
+    gates = [(i, made.steps[i].method) for i in made.at("patches")]
+    running = EncoderPass(encoder, _signals(made), steps, budgets, readers, gates)
     shown, seconds = _run(clip, min(frames, len(clip)), running, batch, report, tell)
     if frames > len(clip) and modality == "video":
         report.notes.append(f"the clip has {len(clip)} frames, fewer than the {frames} asked for")
@@ -133,7 +134,7 @@ def show_video(
 
 
 def _refuse_inside_llm(recipe: Recipe) -> None:
-    if recipe.at("encoder") or recipe.at("projector"):
+    if any(recipe.at(stage) for stage in _SHOWN):
         return
     stages = sorted({stage for step in recipe for stage in step.stages})
     raise RecipeError(
@@ -270,10 +271,21 @@ def _pooled(x_TPC: Tensor, rows: int, columns: int) -> Tensor:
 def _note_encoder_stage(recipe: Recipe, encoded: Encoded, report: Report) -> None:
     if not encoded.runs:
         return
-    names = " + ".join(recipe.steps[i].method.name for i in recipe.at("encoder"))
     before = sum(run.num_tokens * run.num_images for run in encoded.runs)
-    after = sum(_left(run) * run.num_images for run in encoded.runs)
-    report.stages.append(StageReport("encoder", names, (before,), (after,)))
+    if recipe.at("patches"):
+        names = " + ".join(recipe.steps[i].method.name for i in recipe.at("patches"))
+        entered = sum(
+            run.num_tokens * run.num_images
+            if run.entered is None
+            else int(run.entered.counts_B.sum())
+            for run in encoded.runs
+        )
+        report.stages.append(StageReport("patches", names, (before,), (entered,)))
+        before = entered
+    if recipe.at("encoder"):
+        names = " + ".join(recipe.steps[i].method.name for i in recipe.at("encoder"))
+        after = sum(sum(run.counts()) for run in encoded.runs)
+        report.stages.append(StageReport("encoder", names, (before,), (after,)))
     # They were timed as part of the encoding.
     spent = sum(run.seconds for run in encoded.runs)
     report.seconds["encode"] = max(report.seconds["encode"] - spent, 0.0)
@@ -287,10 +299,6 @@ def _encoder_evidence(encoded: Encoded, to_tokens: Callable[[Tensor], Tensor]) -
         encoded.runs, lambda score_P: [to_tokens(score_P.view(num, -1)).flatten()], 1
     )
     return found
-
-
-def _left(run: Any) -> int:
-    return run.num_tokens if run.reduction is None else run.reduction.num_out
 
 
 def _encoder_item(encoded: Encoded, modality: Modality, num_prefix: int) -> ItemReport:

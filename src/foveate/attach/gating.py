@@ -1,0 +1,97 @@
+"""The patches stage: which patches of every image enter a vision encoder at all.
+
+Legend: B images of a call, P patches of one of them, N its tokens (prefix included), M tokens that
+enter, C channels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.functional import pad
+
+from foveate import ops
+from foveate.core import Method, PatchesContext, Reduction
+from foveate.errors import AttachmentError
+
+
+def pixels_of(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+    """The pictures that an encoder is called with, [B, 3, H, W].
+
+    Raises:
+        AttachmentError: there are none, or they have another form.
+    """
+    pixels = kwargs.get("pixel_values", args[0] if args else None)
+    if not isinstance(pixels, torch.Tensor) or pixels.dim() != 4:
+        shape = None if pixels is None else tuple(pixels.shape)
+        raise AttachmentError(
+            "The patches stage compares the pictures that enter the encoder, and expects them as "
+            f"pixel_values [images, 3, height, width]; got {shape}."
+        )
+    return pixels
+
+
+def entering(method: Method, context: PatchesContext, num_patches: int) -> torch.Tensor | None:
+    """What a method lets in, bool [B, P]; None: everything.
+
+    Raises:
+        AttachmentError: the encoder has other patches than its pixels say.
+        ValueError: the answer has another form, or keeps patches out for which no earlier frame of
+            the clip has an output.
+    """
+    if context.num_patches != num_patches:
+        raise AttachmentError(
+            f"{method.name} counts {context.num_patches} patches of {context.patch_size} pixels in "
+            f"pictures of {tuple(context.pixels_B3HW.shape[-2:])}, the encoder {num_patches}; it "
+            "cannot tell which is which. Use a projector or decoder method."
+        )
+    with torch.no_grad():
+        enters_BP = method.patches(context)
+    if enters_BP is None:
+        return None
+    expected = (context.pixels_B3HW.shape[0], num_patches)
+    if enters_BP.dtype != torch.bool or tuple(enters_BP.shape) != expected:
+        raise ValueError(
+            f"{method.name}: patches() returns bool {list(expected)}, got {enters_BP.dtype} "
+            f"{list(enters_BP.shape)}."
+        )
+    if not bool(enters_BP[context.clip_starts()].all()):
+        raise ValueError(
+            f"{method.name}: the first frame of a clip enters whole; nothing precedes it that its "
+            "missing patches could be filled from."
+        )
+    return enters_BP
+
+
+def gate(enters_BP: torch.Tensor, prefix: int, skip_empty: bool) -> Reduction:
+    """The tokens that enter, in order, ragged; prefix tokens of every image with them.
+
+    Args:
+        enters_BP: which patches do.
+        prefix: tokens in front of the patches.
+        skip_empty: images without any patch lose their prefix, too.
+    """
+    enters_BN = pad(enters_BP, (prefix, 0), value=True)
+    if skip_empty:
+        enters_BN = enters_BN & enters_BP.any(1, keepdim=True)
+    count_B = enters_BN.sum(1)
+    index_BM = (~enters_BN).byte().argsort(dim=1, stable=True)[:, : int(count_B.max())]
+    slot_M = torch.arange(index_BM.shape[1], device=index_BM.device)
+    exists_BM = slot_M < count_B[:, None]
+    mask_BM = None if bool(exists_BM.all()) else exists_BM
+    return Reduction.select(index_BM, enters_BN.shape[1], mask_BM)
+
+
+def latest(entered: Reduction) -> torch.Tensor:
+    """The image from which each token's output is taken, int64 [B, N]: the last that computed it.
+
+    First frames of clips are whole, so no image reaches back into another clip.
+    """
+    return ops.last_true(entered.groups_BN >= 0)
+
+
+def fill(y_BNC: torch.Tensor, image_BN: torch.Tensor) -> torch.Tensor:
+    """Outputs at full length, every token from the image that `latest` names."""
+    place_N = torch.arange(y_BNC.shape[1], device=y_BNC.device)
+    return y_BNC[image_BN, place_N]
