@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from foveate.models.registry import list_families, register_adapter
     from foveate.models.scorer import Scorer
     from foveate.video import Clip
+    from foveate.view.streaming import Stream
 
 __version__ = "0.1.0"
 
@@ -51,6 +52,7 @@ _LAZY = {
     "Reduction": "foveate.core",
     "Report": "foveate.core",
     "Scorer": "foveate.models.scorer",
+    "Stream": "foveate.view.streaming",
     "Tokens": "foveate.core",
     "choose_frames": "foveate.attach",
     "embedded": "foveate.checkpoints",
@@ -76,6 +78,7 @@ __all__ = [
     "Reduction",
     "Report",
     "Scorer",
+    "Stream",
     "Tokens",
     "__version__",
     "choose_frames",

@@ -156,6 +156,7 @@ METHOD_TABLE: dict[str, Row] = {
     "video_xl2": Row(
         "video_xl2(block_units=1, previous_blocks=1, chunk_units=1)", ("cache",), reads_text=True
     ),
+    "videoscan": Row("videoscan", ("projector",), merges=True),
     "visionzip": Row("visionzip", ("projector",), exact=False, merges=True),
     "vista_llama": Row("vista_llama", ("decoder",), reduces=False),
 }

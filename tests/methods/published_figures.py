@@ -735,6 +735,8 @@ NOT_REPRODUCED: list[tuple[str, str, str]] = [
         "counted in its code, not printed for a benchmark",
     ),
     (
+        "videoscan",
+        "VStream-QA: 2.1 s and 18 GB, whatever the length",
         "a time and memory; the lengths of its caches are in its tests",
     ),
     ("visionzip", "prefill 8 times faster", "a time; FLOPs were not verified"),

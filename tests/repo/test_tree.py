@@ -150,6 +150,7 @@ def test_public_api_is_frozen() -> None:
     import foveate
 
     assert sorted(foveate.__all__) == [
+        "AskingScorer",
         "Attachment",
         "Budget",
         "Card",
@@ -161,8 +162,11 @@ def test_public_api_is_frozen() -> None:
         "Recipe",
         "Reduction",
         "Report",
+        "Scorer",
+        "Stream",
         "Tokens",
         "__version__",
+        "choose_frames",
         "embedded",
         "get_method",
         "list_families",

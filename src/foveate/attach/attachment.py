@@ -94,6 +94,16 @@ def reduce(
     )
 
 
+def refuse_hooked(model: nn.Module) -> None:
+    """Raise when a recipe is attached to the model already."""
+    for module in model.modules():
+        if module in _HOOKED:
+            raise AttachmentError(
+                f"{type(model).__name__} carries {_HOOKED[module]} already; remove() that "
+                'first, or compose both into one recipe: "tome@encoder + holitom".'
+            )
+
+
 class Attachment(OfOneModel):
     """A recipe on a model. Made by `reduce`; `remove()` or leaving the `with` block undoes it.
 
@@ -207,12 +217,7 @@ class Attachment(OfOneModel):
                 "This model is compiled, and what was traced knows no hooks: attach to the model "
                 "itself and do not compile it."
             )
-        for module in self.model.modules():
-            if module in _HOOKED:
-                raise AttachmentError(
-                    f"{type(self.model).__name__} carries {_HOOKED[module]} already; remove() that "
-                    'first, or compose both into one recipe: "tome@encoder + holitom".'
-                )
+        refuse_hooked(self.model)
 
     def _attach(self, restore: bool | None) -> None:
         if isinstance(self._adapter, EncoderAdapter):

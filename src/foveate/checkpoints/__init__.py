@@ -5,6 +5,7 @@ from foveate.checkpoints.chats import Chat, prepare, prepare_chats, read_chat
 from foveate.checkpoints.loading import EMBEDDED, embedded, embedded_folder, load_model
 from foveate.checkpoints.processors import frame_side, load_processor
 from foveate.checkpoints.sources import open_clip, sample_frames
+from foveate.checkpoints.streaming import frame_inputs, prompt_around
 
 __all__ = [
     "EMBEDDED",
@@ -12,12 +13,14 @@ __all__ = [
     "Chat",
     "embedded",
     "embedded_folder",
+    "frame_inputs",
     "frame_side",
     "load_model",
     "load_processor",
     "open_clip",
     "prepare",
     "prepare_chats",
+    "prompt_around",
     "read_chat",
     "sample_frames",
 ]

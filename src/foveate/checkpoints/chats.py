@@ -117,7 +117,7 @@ def prepare_chats(processor: Any, chats: Sequence[Chat]) -> dict[str, Tensor]:
         raise ValueError(f"Chats of one batch must have one layout, got {sorted(layouts)}.")
     num_images, frame_counts = layouts.pop()
     options: dict[str, Any] = {
-        "text": [_prompt(processor, chat) for chat in chats],
+        "text": [prompt_of(processor, chat) for chat in chats],
         "return_tensors": "pt",
         "padding": True,
         "padding_side": "left",
@@ -165,21 +165,25 @@ def _picture(frames: Frames) -> Any:
     return Image.fromarray(frames.pixels[0].permute(1, 2, 0).numpy())
 
 
-def _prompt(processor: Any, chat: Chat) -> str:
+def prompt_of(processor: Any, chat: Chat) -> str:
+    """A chat as the text that the processor reads, each image and video a placeholder."""
     if getattr(processor, "chat_template", None):
         return processor.apply_chat_template(chat.turns, tokenize=False, add_generation_prompt=True)
     names = {"user": "USER: ", "assistant": "ASSISTANT: ", "system": ""}
     lines = []
     for turn in chat.turns:
         parts = [
-            part["text"] if part["type"] == "text" else f"{_placeholder(processor, part['type'])}\n"
+            part["text"]
+            if part["type"] == "text"
+            else f"{placeholder_of(processor, part['type'])}\n"
             for part in turn["content"]
         ]
         lines.append(names.get(turn["role"], "") + "".join(parts))
     return " ".join([*lines, "ASSISTANT:"])
 
 
-def _placeholder(processor: Any, kind: str) -> str:
+def placeholder_of(processor: Any, kind: str) -> str:
+    """The token that stands for an image or video in a prompt."""
     _check_takes(processor, kind)
     return getattr(processor, f"{kind}_token")
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from foveate.core.blocks import Blocks, PrefillContext
     from foveate.core.frames import FramePlan, FramesContext
     from foveate.core.patches import PatchesContext
+    from foveate.core.stream import StreamMemory
 
 
 @dataclass(frozen=True)
@@ -256,6 +257,13 @@ class Method:
         """How the cache of a prompt with visual tokens is stored; None: as the model has it.
 
         It belongs to the cache stage, and a budget of 1 switches it off.
+        """
+        return None
+
+    def stream_memory(self) -> StreamMemory | None:
+        """The memory of one stream of frames, made anew for each; None: the method has none.
+
+        `foveate.Stream` asks it. What else the method does is left out there.
         """
         return None
 

@@ -51,6 +51,7 @@ _BUILTIN: dict[str, str] = {
     "vflowopt": "foveate.methods.vflowopt:VFlowOpt",
     "vidcom2": "foveate.methods.vidcom2:VidCom2",
     "video_xl2": "foveate.methods.video_xl2:VideoXL2",
+    "videoscan": "foveate.methods.videoscan:VideoScan",
     "visionzip": "foveate.methods.visionzip:VisionZip",
     "vista_llama": "foveate.methods.vista_llama:VistaLLaMA",
 }

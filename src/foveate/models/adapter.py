@@ -45,6 +45,8 @@ class Adapter(ABC):
         feature_layer_key: config field that says which hidden states become features, if any does.
         vision_layout: key of `foveate.models.tower.VISION_LAYOUTS`, where the encoder's own
             `model_type` does not name it.
+        stream_modality: as what frames can be read a few at a time, their tokens one run in the
+            prompt: "image", an item each, or "video", a plane each; None: they cannot.
     """
 
     family: ClassVar[str]
@@ -56,6 +58,7 @@ class Adapter(ABC):
     language_path: ClassVar[str] = "language_model"
     feature_layer_key: ClassVar[str | None] = None
     vision_layout: ClassVar[str | None] = None
+    stream_modality: ClassVar[Modality | None] = None
 
     # --- parts of the model -------------------------------------------------------------------
 

@@ -25,6 +25,7 @@ class InternVLAdapter(LlavaAdapter):
     family = "internvl"
     model_types: ClassVar = ("internvl",)
     docs_name = "InternVL"
+    stream_modality: ClassVar[Modality | None] = None
 
     def grids(
         self, model: nn.Module, modality: Modality, arguments: Mapping[str, Any], features: Any

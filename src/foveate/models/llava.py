@@ -24,6 +24,7 @@ class LlavaAdapter(Adapter):
     model_types: ClassVar = ("llava",)
     docs_name = "LLaVA"
     feature_layer_key: ClassVar[str | None] = "vision_feature_layer"
+    stream_modality: ClassVar[Modality | None] = "image"
 
     def grids(
         self, model: nn.Module, modality: Modality, arguments: Mapping[str, Any], features: Any

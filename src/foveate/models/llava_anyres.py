@@ -28,6 +28,7 @@ class LlavaNextAdapter(LlavaAdapter):
     family = "llava_next"
     model_types: ClassVar = ("llava_next",)
     docs_name = "LLaVA-NeXT"
+    stream_modality: ClassVar[Modality | None] = None
 
     def grids(
         self, model: nn.Module, modality: Modality, arguments: Mapping[str, Any], features: Any
@@ -172,6 +173,7 @@ class _VideoPlanes(LlavaNextAdapter):
     """Videos [V, T, 3, h, w] whose frames are pooled, one plane each."""
 
     video_newlines: ClassVar[int] = 0
+    stream_modality: ClassVar[Modality | None] = "video"
 
     def grids(
         self, model: nn.Module, modality: Modality, arguments: Mapping[str, Any], features: Any

@@ -21,6 +21,7 @@ class VideoLlavaAdapter(LlavaAdapter):
     family = "video_llava"
     model_types: ClassVar = ("video_llava",)
     docs_name = "Video-LLaVA"
+    stream_modality: ClassVar[Modality | None] = "video"
     modalities: ClassVar = ("image", "video")
     tower_paths: ClassVar = {"image": "image_tower", "video": "video_tower"}
 
