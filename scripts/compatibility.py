@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "compatibility.md"
 
 WORKS, PART, NOTHING, REFUSED, FAILED, NOT_ASKED = "●", "◐", "○", "✕", "**✗**", ""
-_STAGES = ("encoder", "projector", "decoder", "cache")
+_STAGES = ("patches", "encoder", "projector", "decoder", "cache")
 
 
 @dataclass(frozen=True)

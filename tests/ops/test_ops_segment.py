@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from foveate.ops import change_points, optimal_partition, segment_by_gain
+from foveate.ops import change_points, optimal_partition, scene_segments, segment_by_gain
 
 
 def partitions(frames: int):
@@ -132,3 +132,19 @@ def test_segment_errors():
         change_points(torch.zeros(3))
     with pytest.raises(ValueError, match="num_segments"):
         change_points(torch.zeros(3), num_segments=5)
+
+
+def test_scenes_are_cut_where_frames_change():
+    scenes = torch.randn(4, 1, 5, 3, generator=torch.Generator().manual_seed(0))
+    lengths = [7, 1, 9, 4]
+    video = torch.cat([scene.expand(n, -1, -1) for scene, n in zip(scenes, lengths, strict=True)])
+    bounds = scene_segments(video, max_cuts=3)
+    assert (bounds[:, 1] - bounds[:, 0] + 1).tolist() == lengths
+    assert scene_segments(video[:4], max_cuts=3)[:, 0].tolist() == [0, 1, 2, 3]
+    assert scene_segments(video, max_cuts=0).tolist() == [[0, 20]]
+    with pytest.raises(ValueError, match="features must be"):
+        scene_segments(video[0])
+    with pytest.raises(ValueError, match="max_cuts"):
+        scene_segments(video, max_cuts=-1)
+    with pytest.raises(ValueError, match="at least one frame"):
+        scene_segments(video[:0])

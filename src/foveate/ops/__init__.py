@@ -54,6 +54,7 @@ from foveate.ops.segment import (
     Segmentation,
     change_points,
     optimal_partition,
+    scene_segments,
     segment_by_gain,
 )
 from foveate.ops.select import (
@@ -120,6 +121,7 @@ __all__ = [
     "round_half_even",
     "scatter_mean",
     "scatter_sum",
+    "scene_segments",
     "segment_by_gain",
     "share_schedule",
     "split_evenly",

@@ -175,6 +175,46 @@ def change_points(
     return torch.stack([first, last], dim=1)
 
 
+def scene_segments(x_TNC: Tensor, max_cuts: int = 24) -> Tensor:
+    """Cut a video into scenes where neighbouring frames are least alike. O(T N C).
+
+    A frame is all its features in one vector, compared with the next one's by their cosine. A video
+    of at most `max_cuts` + 1 frames is cut behind every one of them; any other is cut exactly
+    `max_cuts` times, earliest first on ties.
+
+    Args:
+        x_TNC: features of N places in T frames.
+        max_cuts: cuts, one fewer than scenes.
+
+    Returns:
+        Bounds [S, 2] int64: first and last frame of each scene, both included.
+
+    Raises:
+        ValueError: not [T, N, C] with a frame, or `max_cuts` below 0.
+
+    Example:
+        >>> x = torch.eye(2)[[0, 0, 0, 1, 1]][:, None]
+        >>> scene_segments(x, max_cuts=1).tolist()
+        [[0, 2], [3, 4]]
+
+    Source: TDC, arXiv 2504.10443, section 3; the number of cuts and the rule for short videos are
+    those of its code.
+    """
+    require_dims(x_TNC, 3, "features", "[T, N, C]")
+    frames = x_TNC.shape[0]
+    if frames == 0 or max_cuts < 0:
+        raise ValueError(
+            f"a video has at least one frame and max_cuts is at least 0, got {frames} frames and "
+            f"max_cuts = {max_cuts}"
+        )
+    if frames <= max_cuts + 1:
+        own_T = torch.arange(frames, device=x_TNC.device)
+        return torch.stack([own_T, own_T], dim=1)
+    flat_TV = x_TNC.flatten(1).float()
+    similarity = torch.nn.functional.cosine_similarity(flat_TV[:-1], flat_TV[1:], dim=1)
+    return change_points(similarity, num_segments=max_cuts + 1)
+
+
 def _run_ends(redundant_TN: Tensor) -> Tensor:
     """Frame that the unbroken run of links from frame t reaches, for every t and place."""
     links = redundant_TN.shape[0]
