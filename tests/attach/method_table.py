@@ -62,6 +62,15 @@ METHOD_TABLE: dict[str, Row] = {
     "divprune": Row("divprune", ("projector",)),
     "dycoke": Row("dycoke", ("projector", "cache"), on_images=False, reads_text=True),
     "evs": Row("evs", ("projector",), families=WITH_VIDEOS, on_images=False),
+    "f2c": Row(
+        "f2c",
+        ("frames", "projector"),
+        exact=False,
+        merges=True,
+        families=WITH_VIDEOS,
+        on_images=False,
+        reads_text=True,
+    ),
     "fastervlm": Row("fastervlm", ("projector",)),
     "fastv": Row("fastv", ("decoder",), reads_text=True),
     "flowcut": Row(
@@ -109,6 +118,14 @@ METHOD_TABLE: dict[str, Row] = {
     ),
     # More tokens in the first range than in the last, so that the last layer is the shortest.
     "lvlm_csp": Row("lvlm_csp(clusters=0.6)", ("decoder",), retain=0.6, reads_text=True),
+    "kffocus": Row(
+        "kffocus",
+        ("frames", "projector"),
+        merges=True,
+        families=WITH_VIDEOS,
+        on_images=False,
+        reads_text=True,
+    ),
     "m3": Row("m3", ("projector",), merges=True),
     "norm": Row("norm", ("projector",), exact=False),
     "pool": Row("pool", ("projector",), merges=True),

@@ -683,6 +683,11 @@ NOT_REPRODUCED: list[tuple[str, str, str]] = [
         "up to 4 times less time to first token",
         "a time; no FLOPs are printed (not verified beyond the abstract)",
     ),
+    (
+        "f2c",
+        "up to +8.1, +5.6 and +10.3 % on three benchmarks",
+        "accuracy at equal cost; that clips cost no more than key frames is in its tests",
+    ),
     ("flowcut", "3.2 times faster prefill", "a time; no FLOPs on its pages"),
     ("fopru", "0.2 % of the tokens", "the model is not said; of 576 tokens it is one"),
     ("free_video_llm", "2648 tokens of 50 frames", "a count by its own rule; its tests check it"),
@@ -690,6 +695,11 @@ NOT_REPRODUCED: list[tuple[str, str, str]] = [
         "pyramiddrop",
         "LLaVA-OneVision-7B, 10.5 TFLOPs (HoliTom's table)",
         "the table does not say at which layers and shares",
+    ),
+    (
+        "kffocus",
+        "fewer tokens at better accuracy",
+        "no figure is given in the abstract, and the module that was measured is trained",
     ),
     (
         "quickvideo",
