@@ -324,7 +324,8 @@ def test_times_can_be_said() -> None:
 
 def test_stream_follows_a_clip() -> None:
     clip = Clip(frames_of(11), fps=1)
-    for source in (clip, clip.stream(chunk=2), iter([clip.take(range(11))])):
+    frames = clip.take(range(11))
+    for source in (clip, clip.stream(chunk=2), frames, iter([frames])):
         with stream_of(None, capacity=5, group=4) as stream:
             times = list(stream.follow(source, start=100))
             assert times == sorted(times)

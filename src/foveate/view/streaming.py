@@ -99,8 +99,9 @@ class Stream:
 
     Example:
         >>> import foveate
+        >>> from foveate.world import World
         >>> model, processor = foveate.embedded()
-        >>> clip = foveate.world.World(seed=0, frames=8).sample(0).frames_THWC
+        >>> clip = World(seed=0, frames=8).sample(0).frames_THWC
         >>> with foveate.Stream(model, processor, "videoscan", capacity=4) as stream:
         ...     stream.push(clip.transpose(0, 3, 1, 2), seconds=range(8))
         ...     answer = stream.ask("what is blue ?")
@@ -185,7 +186,8 @@ class Stream:
         Ask between the chunks, or from another thread.
 
         Args:
-            source: a path or clip, a `FrameStream`, or anything that yields `Frames`.
+            source: what `foveate.Clip` takes, a clip, a `FrameStream`, or any iterator or list of
+                `Frames`.
             fps: frames a second to take of a path or clip; None: the stream's.
             start: seconds added to the source's own times.
 
@@ -200,14 +202,12 @@ class Stream:
         with self._lock:
             self._open()
         if isinstance(source, Frames):
-            chunks: Iterable[Frames] = [source]
-        elif (
-            isinstance(source, Clip) or not isinstance(source, Iterable) or isinstance(source, str)
-        ):
+            source = [source]
+        if isinstance(source, Iterator | list | tuple):
+            chunks: Iterable[Frames] = source
+        else:
             clip = source if isinstance(source, Clip) else Clip(source)
             chunks = clip.stream(self.fps if fps is None else fps, chunk=self.group)
-        else:
-            chunks = source
         try:
             for frames in chunks:
                 self.push(frames.pixels, (frames.seconds + start).tolist())
