@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-from pathlib import Path
 
 # Before anything imports transformers or torch: both read the environment once, at import.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -19,7 +18,11 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
 import pytest
 from hypothesis import HealthCheck, settings
 
-from matrix_record import MatrixRecorder, describe
+from matrix_record import (  # noqa: F401  # hooks of --record-matrix
+    pytest_addoption,
+    pytest_configure,
+    pytest_runtest_setup,
+)
 
 # Derandomised: the suite gives the same verdict on every machine and every run. Deadlines would
 # make tests depend on the machine's speed.
@@ -31,25 +34,6 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("foveate")
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--record-matrix",
-        type=Path,
-        metavar="FILE",
-        help="write what the behaviour suite found, for scripts/compatibility.py",
-    )
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    file = config.getoption("record_matrix")
-    if file is not None and not hasattr(config, "workerinput"):
-        config.pluginmanager.register(MatrixRecorder(file))
-
-
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    describe(item)
 
 
 @pytest.fixture(autouse=True)

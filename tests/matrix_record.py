@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterable
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,22 @@ def note(request: pytest.FixtureRequest, **facts: Any) -> None:
             value.update(facts)
 
 
-def describe(item: pytest.Item) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--record-matrix",
+        type=Path,
+        metavar="FILE",
+        help="write what the behaviour suite found, for scripts/compatibility.py",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    file = config.getoption("record_matrix")
+    if file is not None and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(MatrixRecorder(file))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
     """Give a behaviour test the properties of its line; other tests are left alone."""
     marker = item.get_closest_marker(KEY)
     if marker is None:
@@ -72,10 +88,6 @@ class MatrixRecorder:
             file.write(json.dumps(line) + "\n")
 
     def pytest_sessionstart(self, session: pytest.Session) -> None:
-        import torch
-        import transformers
-
-        import foveate
         from foveate.core.hardware import hardware
 
         self._write(
@@ -84,12 +96,10 @@ class MatrixRecorder:
                 "kind": "run",
                 "command": self._command(session.config.invocation_params.args),
                 "date": datetime.now(UTC).date().isoformat(),
-                "foveate": foveate.__version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
+                **{name: version(name) for name in ("foveate", "torch", "transformers")},
                 "python": platform.python_version(),
                 "platform": sys.platform,
-                "hardware": hardware(torch.device("cpu")),
+                "hardware": hardware("cpu"),
             },
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -109,21 +110,53 @@ def test_records_of_stopped_runs_are_refused(script: ModuleType, tmp_path: Path)
         script.Run.read(file)
 
 
-@pytest.mark.parametrize("processes", ["0", "1"], ids=["alone", "xdist"])
-def test_a_run_is_recorded(script: ModuleType, tmp_path: Path, processes: str) -> None:
+SUITE = """
+import pytest
+from matrix_record import note
+
+@pytest.mark.behaviour("acts")
+@pytest.mark.parametrize("family", ["a", "b"])
+@pytest.mark.parametrize("name", ["one"])
+def test_acts(name, family, request):
+    if family == "b":
+        note(request, refused="not here")
+        return
+    note(request, acted={"image": ["cache"]})
+
+@pytest.mark.behaviour("holds")
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize(("name", "family"), [("one", "a")])
+def test_holds(name, family, beams):
+    assert beams == 1
+
+def test_of_something_else():
+    pass
+"""
+
+
+@pytest.mark.parametrize("options", [[], ["-n", "1"]], ids=["alone", "xdist"])
+def test_a_run_is_recorded(script: ModuleType, tmp_path: Path, options: list[str]) -> None:
     """What the tests found out, in this process or in others."""
+    (tmp_path / "test_suite.py").write_text(SUITE)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = behaviour\n")
     file = tmp_path / "matrix.jsonl"
-    chosen = "test_the_method_acts and evs and llava_onevision or test_other_families and tome"
-    command = [sys.executable, "-m", "pytest", "tests/attach/test_behaviour.py", "-n", processes]
-    command += ["-p", "no:cacheprovider", "-k", chosen, "--record-matrix", str(file)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-2000:]
+    command = [sys.executable, "-m", "pytest", "-p", "matrix_record", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, *options, "--record-matrix", str(file)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), *sys.path])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "1 failed, 4 passed" in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
     run = script.Run.read(file)
-    assert len(run.tests) == run.end["passed"] == 5 and run.end["failed"] == 0
-    (acted,) = run.of(method="evs")
-    assert acted["acted"] == {"image": [], "video": ["projector"]}
-    refused = run.of(method="tome")
-    assert all("packs all images into one row" in test["refused"] for test in refused)
+    assert run.end["passed"] == 4 and run.end["failed"] == 1
+    assert [test["outcome"] for test in run.of(property="holds")] == ["passed", "failed"]
+    assert [test["variant"] for test in run.of(property="holds")] == [{"beams": 1}, {"beams": 3}]
+    assert run.of(family="a", property="acts")[0]["acted"] == {"image": ["cache"]}
+    assert run.of(family="b")[0]["refused"] == "not here"
+    assert run.properties == ["acts", "holds"] and len(run.tests) == 4
     assert "matrix.jsonl" in run.head["command"] and str(tmp_path) not in run.head["command"]
 
 
