@@ -1,0 +1,107 @@
+"""What is known of one forward call of an encoder while its sequence is shortened.
+
+Legend: B images of the call, N tokens of one of them, P its patches, C channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from foveate.attach.packing import Packing
+from foveate.core import Evidence, Method, Reduction, Tokens
+from foveate.core.flops import EncoderDims, encoder_flops
+
+
+@dataclass(eq=False)
+class EncoderRun:
+    """One forward call of an encoder.
+
+    Attributes:
+        tokens: the sequence after the last reduction (features of that moment); None before any
+            and after the call.
+        reduction: from the encoder's tokens to the present ones, prefix included; None: untouched.
+        lengths: tokens per image that the MLP of each block saw.
+        attention_lengths: tokens per image that the attention of each block saw.
+        state: scratch of each method.
+        captured: queries, keys and, where a method reads them, values of the running block.
+        stash: shortened stream and its MLP output, waiting for the end of the block.
+        seconds: host time spent in methods.
+        restored: the sequence has been brought back to full length.
+        num_prefix: tokens in front of the patches.
+        carried: by step number and name: what methods carried, [B, P], until the call is over.
+        left_BNC: states in which dropped tokens left, at full length, where a method drops some.
+        notes: what methods noted, values over all patches, [B, P].
+        pixels: the pictures of the call until the patches stage has looked at them.
+        entered: from the encoder's tokens to those that entered the first block; None: all.
+        packing: how the present tokens share rows; None: every image has one of its own.
+        rows: sequences that the attention of each block ran on.
+        mlp_rows: likewise its MLP.
+    """
+
+    num_images: int = 0
+    num_tokens: int = 0
+    tokens: Tokens | None = None
+    reduction: Reduction | None = None
+    lengths: list[int] = field(default_factory=list)
+    attention_lengths: list[int] = field(default_factory=list)
+    state: dict[int, dict[str, Any]] = field(default_factory=dict)
+    captured: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None
+    stash: list[torch.Tensor] = field(default_factory=list)
+    seconds: float = 0.0
+    restored: bool = False
+    num_prefix: int = 0
+    carried: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
+    left_BNC: torch.Tensor | None = None
+    notes: list[Evidence] = field(default_factory=list)
+    pixels: torch.Tensor | None = None
+    entered: Reduction | None = None
+    packing: Packing | None = None
+    rows: list[int] = field(default_factory=list)
+    mlp_rows: list[int] = field(default_factory=list)
+
+    def counts(self) -> tuple[int, ...]:
+        """Tokens of every image behind the last reduction, padding included inside the encoder."""
+        if self.reduction is None:
+            return (self.num_tokens,) * self.num_images
+        if self.entered is None:
+            return (self.reduction.num_out,) * self.num_images
+        return tuple(self.reduction.counts_B.tolist())
+
+    def flops(self, dims: EncoderDims) -> int:
+        """What the call has cost, padding included, in FLOPs."""
+        if {*self.rows, *self.mlp_rows} == {self.num_images}:
+            attention, mlp, images = self.attention_lengths, self.lengths, self.num_images
+        else:
+            pairs = zip(self.attention_lengths, self.rows, strict=True)
+            attention, images = [(length,) * rows for length, rows in pairs], 1
+            pairs = zip(self.lengths, self.mlp_rows, strict=True)
+            mlp = [length * rows for length, rows in pairs]
+        patches = self.num_tokens * self.num_images // images
+        return encoder_flops(dims, attention, images, mlp_lengths=mlp, num_patches=patches)
+
+
+def states_left(run: EncoderRun, tokens: Tokens) -> torch.Tensor:
+    """Every token of the input in the latest state that it, or what it became part of, was in."""
+    if tokens.reduction is None:
+        return tokens.x_BND
+    assert run.left_BNC is None or run.left_BNC.shape[1] == tokens.reduction.num_in
+    latest_BNC = tokens.reduction.restore(tokens.x_BND)
+    if run.left_BNC is None:
+        return latest_BNC
+    return latest_BNC.where((tokens.reduction.groups_BN >= 0)[..., None], run.left_BNC)
+
+
+def checked_carry(
+    run: EncoderRun, method: Method, name: str, value_BP: torch.Tensor
+) -> torch.Tensor:
+    """What a method carries to its projector stage, if it has one number per patch."""
+    expected = run.num_images, run.num_tokens - run.num_prefix
+    if tuple(value_BP.shape) != expected:
+        raise ValueError(
+            f"{method.name}: carry({name!r}, ...) in the encoder stage takes one number per patch "
+            f"of every image, {list(expected)}, got {list(value_BP.shape)}."
+        )
+    return value_BP.detach().float()
