@@ -27,7 +27,7 @@ from foveate.attach.noting import Trails
 from foveate.attach.plan import is_compact, plan_cache, plan_decoder
 from foveate.attach.prompt import PromptReducer, find_items
 from foveate.attach.quantised import exempt_samples, plan_storage
-from foveate.attach.reading import vocabulary_of
+from foveate.attach.reading import rows_per_sample, vocabulary_of
 from foveate.attach.rotary import ask_scale, note_frames, plan_rotary, rotary_of
 from foveate.attach.rules import ask_rules, plan_rules
 from foveate.attach.sequence import (
@@ -300,25 +300,12 @@ class LanguageStage(OfOneModel):
         described = sum(len(record.grids) for record in state.records.values())
         shown = sum(len(sample) for sample in items)
         # Beam search repeats every sample and its items.
-        state.repeats = max(1, shown // max(described, 1))
-        self._match_budget(batch)
+        repeats = max(1, shown // max(described, 1))
+        named = self.settings.budget().num_samples
+        state.repeats = rows_per_sample(named, repeats, batch, state.text_ids)
         report.layer_lengths = [[] for _ in range(batch)]
         report.cache_lengths = [[] for _ in range(batch)]
         return items
-
-    def _match_budget(self, batch: int) -> None:
-        """Find how many rows each sample of a per-sample budget has."""
-        state, named = self.state, self.settings.budget().num_samples
-        if named is None or named * state.repeats == batch:
-            return
-        repeats, rest = divmod(batch, named)
-        # Generation may expand pixels along with the prompts, so equal rows are all that tells.
-        ids = state.text_ids
-        if rest or ids is None or (ids != ids[::repeats].repeat_interleave(repeats, 0)).any():
-            raise AttachmentError(
-                f"The budget names {named} samples, the batch has {batch // state.repeats}."
-            )
-        state.repeats = repeats
 
     def _continue(
         self, module: nn.Module, embeds: torch.Tensor, kwargs: dict[str, Any]

@@ -16,6 +16,7 @@ from torch import nn
 from foveate.attach.pairing import Pairing
 from foveate.attach.sequence import VisualItem
 from foveate.core import EncoderAttentionView, Method, Reduction
+from foveate.errors import AttachmentError
 from foveate.models.companion import Companion
 
 
@@ -77,6 +78,32 @@ def vocabulary_of(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor] | 
     embeddings = found.get_input_embeddings()
     weight = getattr(embeddings, "weight", None)
     return None if weight is None else lambda x: x.to(weight.dtype) @ weight.T
+
+
+def rows_per_sample(
+    named: int | None, repeats: int, batch: int, text_ids: torch.Tensor | None
+) -> int:
+    """How many rows of a batch each sample of a per-sample budget has.
+
+    Args:
+        named: samples that the budget names; None: it is one for all.
+        repeats: rows per sample as the visual items tell.
+        batch: rows.
+        text_ids: ids of the prompt, [batch, L], if the call has any.
+
+    Raises:
+        AttachmentError: the batch holds another number of samples.
+    """
+    if named is None or named * repeats == batch:
+        return repeats
+    rows, rest = divmod(batch, named)
+    # Generation may expand pixels along with the prompts, so equal rows are all that tells.
+    ids = text_ids
+    if rest or ids is None or (ids != ids[::rows].repeat_interleave(rows, 0)).any():
+        raise AttachmentError(
+            f"The budget names {named} samples, the batch has {batch // repeats}."
+        )
+    return rows
 
 
 def text_reader(
