@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from foveate.core import STAGES
+
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "compatibility.md"
 
 WORKS, PART, NOTHING, REFUSED, FAILED, NOT_ASKED = "●", "◐", "○", "✕", "**✗**", ""
-_STAGES = ("patches", "encoder", "projector", "decoder", "cache")
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def family_mark(tests: list[dict[str, Any]], stages: set[str], notes: Notes) -> 
 
 
 def _stages(stages: Iterable[str]) -> str:
-    named = [stage for stage in _STAGES if stage in stages]
+    named = [stage for stage in STAGES if stage in stages]
     return " and ".join([", ".join(named[:-1]), named[-1]] if named[1:] else named)
 
 
