@@ -14,7 +14,7 @@ from attach_suite import TOLERANCE, greedy, logits_of, model_of
 from transformers import DynamicCache
 
 import foveate
-from foveate.errors import AttachmentError
+from foveate.errors import RecipeError
 from foveate.methods.safewatch import SafeWatch
 from tiny import Sample, tiny_inputs
 
@@ -191,7 +191,7 @@ def test_with_reducers_before_it(family):
 def test_pairs_that_cannot_be():
     model = model_of("llava_onevision")
     _, method = prompt("llava_onevision")
-    with pytest.raises(AttachmentError, match="chooses once for the caches of all layers"):
+    with pytest.raises(RecipeError, match="chooses once for the caches of all layers"):
         foveate.reduce(model, foveate.Recipe.of(["quickvideo(retain=0.5)", method]), retain=0.5)
     with pytest.raises(ValueError, match="where the policies are"):
         foveate.reduce(model, "safewatch", retain=0.5)

@@ -301,13 +301,13 @@ class Broken(Method):
 def test_a_recipe_that_fails_is_shown_and_the_run_goes_on(
     bench: Callable[..., BenchResult],
 ) -> None:
-    # DivPrune leaves no rows and frames for HoliTom, which the attachment refuses.
-    recipes = [Recipe.of(Broken()), "divprune(retain=0.5) + holitom", "uniform"]
+    # There is no such layer in the model, which only the attachment can see.
+    recipes = [Recipe.of(Broken()), "fastv(layer=99)", "uniform"]
     seen: list[dict[str, Any]] = []
     result = bench(recipes, on_cell=seen.append)
     errors = {cell.recipe: cell.error for cell in result.cells}
     assert errors["broken"] == "IndexError: no such row"
-    assert errors["divprune(retain=0.5) + holitom"].startswith("AttachmentError: holitom reads")
+    assert errors["fastv(layer=99)"].startswith("ValueError: layer = 99 does not exist")
     assert errors["untouched"] is None and errors["uniform"] is None
     assert [row["recipe"] for row in seen] == list(errors)
     assert {key[0] for key in answers(result.folder)} == {"untouched", "uniform"}

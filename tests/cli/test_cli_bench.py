@@ -79,19 +79,19 @@ def arguments(model: Path, clips: Path, out: Path, *more: object) -> list[object
 def test_bench_prints_the_table_and_writes_the_folder(
     run: Run, model: Path, clips: Path, tmp_path: Path
 ) -> None:
-    # DivPrune leaves HoliTom no rows and frames, so the second recipe fails.
-    recipes = "tome(r=2)@encoder + holitom(tau=0.7, beta=0.5),divprune(retain=0.5) + holitom"
+    # There is no such layer in the model, so the second recipe fails.
+    recipes = "tome(r=2)@encoder + holitom(tau=0.7, beta=0.5),fastv(layer=99)"
     options = arguments(model, clips, tmp_path / "out", "--recipes", recipes, "--retain", "0.3,1")
     code, out, err = run(*options)
     assert code == 0, err
     rows = [line.strip() for line in out.splitlines()]
     assert sum(row.startswith("tome(r=2) + holitom(") for row in rows) == 2
-    assert sum(row.startswith("divprune(retain=0.5) + holitom") for row in rows) == 2
+    assert sum(row.startswith("fastv(layer=99)") for row in rows) == 2
     assert sum(row.startswith(("random", "uniform", "pool")) for row in rows) == 6
     assert sum(row.startswith("untouched") for row in rows) == 1
     assert "3 questions about 2 clips, 4 frames" in out and "skipped: 2" in out
     assert "questions.jsonl:4: not JSON" in out and "the video three.mp4 does not exist" in out
-    assert "AttachmentError: holitom reads the frames" in err and out.count("failed") == 2
+    assert "layer = 99 does not exist" in err and out.count("failed") == 2
     assert "random at 0.3: " in err
     folder = tmp_path / "out"
     cells = [json.loads(line) for line in (folder / "cells.jsonl").read_text().splitlines()]

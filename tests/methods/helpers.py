@@ -62,7 +62,14 @@ def context_for(
         scores_N = torch.rand(grid.num_tokens, generator=torch.Generator().manual_seed(seed + 1))
     scores_N = scores_N.clone()
     scores_N[grid.kinds() != TokenKind.PATCH] = torch.nan
+    generator = torch.Generator().manual_seed(seed + 4)
+    patch_BNE = torch.randn(1, grid.num_tokens, 8, generator=generator)
+    patch_BNE[:, grid.kinds() != TokenKind.PATCH] = torch.nan
     signals = {
+        "text.patch_similarity": 2 * scores_N[None] - 1,
+        "text.frame_similarity": torch.rand(1, len(grid.planes), generator=generator),
+        "paired.text": torch.randn(1, 8, generator=generator),
+        "paired.patches": patch_BNE,
         "encoder.cls_attention": scores_N[None],
         "encoder.received_attention": scores_N[None],
         "text.segment": torch.randn(1, 5, 16, generator=torch.Generator().manual_seed(seed + 3)),
@@ -75,6 +82,8 @@ def context_for(
         read=signals.get,
         encoder_layers=(0,),
         read_encoder=lambda layer: view,
+        # What GRT's gate hands on; no other method's encoder stage has run.
+        read_carried={"motion": scores_N, "key": (scores_N > 0.9).float()}.get,
     )
 
 

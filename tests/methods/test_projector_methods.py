@@ -23,7 +23,16 @@ NAMES = [
 ]
 BUDGETS = [Budget(retain=0.1), Budget(retain=0.37), Budget(tokens=11)]
 
-VIDEOS_ONLY = {"dycoke", "evs", "holitom", "ts_llava", "vidcom2"}
+VIDEOS_ONLY = {
+    *("dycoke", "evs", "f2c", "free_video_llm", "grt", "holitom", "kffocus", "quota"),
+    *("ts_llava", "vidcom2"),
+}
+#: A frame may stand in several paths.
+REPEATS = {"free_video_llm"}
+#: Centres and the summary are sums.
+SUMS = {"recoverable"}
+#: A carrier is the mean of all rows of its frame, newlines included, as published.
+MIXES_SPECIAL = {"videoscan"}
 
 every_method = pytest.mark.parametrize("name", NAMES)
 every_layout = pytest.mark.parametrize("grid", LAYOUTS.values(), ids=LAYOUTS)
@@ -65,11 +74,15 @@ def test_the_reduction_is_sound(name: str, grid: Grid) -> None:
         return
     reduction = reduce_item(get_method(name)(), grid, Budget(retain=0.3))
     anchors = reduction.anchor_BM[0].tolist()
-    assert len(set(anchors)) == len(anchors) and min(anchors) >= 0
+    assert min(anchors) >= 0
+    assert name in REPEATS or len(set(anchors)) == len(anchors)
     # Every target is an average: its weights are not negative and add up to 1.
     matrix_MN = reduction.matrix()[0]
     assert bool((matrix_MN >= 0).all())
-    torch.testing.assert_close(matrix_MN.sum(1), torch.ones(reduction.num_out))
+    if name not in SUMS:
+        torch.testing.assert_close(matrix_MN.sum(1), torch.ones(reduction.num_out))
+    if name in MIXES_SPECIAL:
+        return
     # Special tokens are never mixed with others.
     special_N = grid.kinds() != TokenKind.PATCH
     for row_N in matrix_MN[matrix_MN[:, special_N].sum(1) > 0]:
@@ -110,10 +123,11 @@ def test_half_precision(name: str) -> None:
 @every_method
 def test_a_larger_budget_keeps_no_fewer(name: str) -> None:
     grid = LAYOUTS["video"]
-    kept = [
-        reduce_item(get_method(name)(), grid, Budget(retain=retain)).num_out
-        for retain in (0.05, 0.2, 0.5, 0.9)
-    ]
+    kept = []
+    for retain in (0.01, 0.05, 0.2, 0.5, 0.9):
+        context = context_for(grid, Budget(retain=retain))
+        reduction = get_method(name)().projector(item(grid), context)
+        kept.append(grid.num_tokens if reduction is None else reduction.num_out)
     assert kept == sorted(kept) and kept[0] < kept[-1]
 
 
@@ -129,7 +143,8 @@ def test_the_tiniest_budget_keeps_something(name: str) -> None:
 def test_a_missing_signal_is_named(name: str) -> None:
     grid = LAYOUTS["video"]
     context = ProjectorContext(Budget(retain=0.3), method=name, grid=grid)
-    with pytest.raises(MissingSignalError, match=rf"{name} needs the signal (encoder|text)\."):
+    missing = rf"{name} needs the signal (encoder|text|paired)\."
+    with pytest.raises(MissingSignalError, match=missing):
         get_method(name)().projector(item(grid), context)
 
 
