@@ -222,9 +222,7 @@ class FeatureWatch(OfOneModel):
         self._replaced[name] = self.base.__dict__.get(name)
         self.base.__dict__[name] = watched
 
-    def _layouts(
-        self, modality: Modality, arguments: Mapping[str, Any]
-    ) -> list[tuple[Grid, int]]:
+    def _layouts(self, modality: Modality, arguments: Mapping[str, Any]) -> list[tuple[Grid, int]]:
         grids = self.adapter.grids(self.model, modality, arguments, None)
         planes = self.adapter.encoder_planes(self.model, modality, arguments, grids)
         return [

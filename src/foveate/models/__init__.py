@@ -1,5 +1,10 @@
 """Adapters: what foveate has to know of each family of models."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from foveate.models.registry import (
     ADAPTERS,
     AdapterEntry,
@@ -8,7 +13,12 @@ from foveate.models.registry import (
     register_adapter,
     unregister_adapter,
 )
-from foveate.models.windows import FixedWindow, fixed_window, windowed
+
+if TYPE_CHECKING:
+    from foveate.models.windows import FixedWindow, fixed_window, windowed
+
+#: Imported when first asked for, since they need torch and the registry does not.
+_LAZY = ("FixedWindow", "fixed_window", "windowed")
 
 __all__ = [
     "ADAPTERS",
@@ -21,3 +31,9 @@ __all__ = [
     "unregister_adapter",
     "windowed",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module("foveate.models.windows"), name)

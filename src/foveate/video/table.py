@@ -81,7 +81,10 @@ class PacketTable:
         if not timed or (by_order and num_times < len(packets)):
             by_order = True
             time_base = 1 / frame_rate if frame_rate else Fraction(1, 25)
-            timed = [Packet(p.position, i, p.is_keyframe, 1, False, p.size) for i, p in enumerate(packets)]
+            timed = [
+                Packet(p.position, i, p.is_keyframe, 1, False, p.size)
+                for i, p in enumerate(packets)
+            ]
         pts_D = np.array([packet.pts for packet in timed], dtype=np.int64)
         pts_F, first_F = np.unique(pts_D, return_index=True)
         position_F = np.array([timed[i].position for i in first_F], dtype=np.int64)
