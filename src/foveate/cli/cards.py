@@ -18,7 +18,7 @@ RECIPE = "recipe"
 def cards(
     pattern: str, stage: str | None, kind: str | None
 ) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
-    """What matches, as plain data: methods, then named recipes; and methods that cannot be imported.
+    """What matches as plain data, methods first, and the methods that cannot be imported.
 
     Raises:
         ValueError: there is no such stage or kind.
