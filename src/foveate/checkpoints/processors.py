@@ -247,8 +247,9 @@ def frame_side(processor: Any) -> int | None:
             return found
         if found is not None and not isinstance(found, tuple):  # a mapping, or what acts as one
             found = [dict(found).get(side) for side in ("height", "width")]
-        if found is not None and None not in found:
-            return min(found)
+        sides = [int(side) for side in found or () if side is not None]
+        if len(sides) == 2:
+            return min(sides)
     return None
 
 
