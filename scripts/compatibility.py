@@ -23,6 +23,12 @@ PAGE = ROOT / "docs" / "compatibility.md"
 
 WORKS, PART, NOTHING, REFUSED, FAILED, NOT_ASKED = "●", "◐", "○", "✕", "**✗**", ""
 
+#: Thirty methods by twenty columns fit a page when cells are as wide as their marks.
+NARROW = """<style>
+.md-typeset table:not([class]) th, .md-typeset table:not([class]) td {
+  min-width: 0; padding: .3em .45em; white-space: nowrap; }
+</style>"""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -181,7 +187,14 @@ def page(run: Run) -> str:
     head = run.head
     failed = sum(test["outcome"] != "passed" for test in run.tests)
     methods, families = run.names("method"), run.names("family")
-    return f"""# Compatibility
+    return f"""---
+hide:
+  - toc
+---
+
+{NARROW}
+
+# Compatibility
 
 What the shared behaviour suite found for {len(methods)} methods on {len(families)} model families:
 {len(run.tests):,} tests, {failed or "none"} failed. Nothing here is written by hand; the page is
