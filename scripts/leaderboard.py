@@ -115,7 +115,7 @@ def _absent(result: BenchResult) -> str:
     idle = [name for name in names if not get_method(name).reducing_stages()]
     parts = {
         "remove nothing": idle,
-        "need policies in the prompt": [name for name in names if name == "safewatch"],
+        "needs policies in its prompt": [name for name in names if name == "safewatch"],
     }
     told = [
         f"{', '.join(f'`{n}`' for n in found)} ({why})" for why, found in parts.items() if found
