@@ -12,12 +12,12 @@ from foveate.methods.free_video_llm import (
     PUBLISHED,
     FreeVideoLLM,
     Paths,
-    averages,
     partners,
     pooled_shape,
     region_boxes,
     top_change_frames,
 )
+from foveate.ops import average_matrix
 
 from .helpers import item
 
@@ -205,7 +205,7 @@ def test_pairs_cover_the_frame_once(height: int, width: int) -> None:
 def test_averages_are_adaptive_pooling(length: int, num: int) -> None:
     x = torch.randn(1, 1, length, generator=torch.Generator().manual_seed(length))
     expected = torch.nn.functional.adaptive_avg_pool1d(x, num)[0, 0]
-    torch.testing.assert_close(averages(length, num) @ x[0, 0], expected)
+    torch.testing.assert_close(average_matrix(length, num) @ x[0, 0], expected)
 
 
 def test_boxes_are_drawn_in_patches() -> None:

@@ -376,7 +376,7 @@ class FreeVideoLLM(Method):
         x_ND = tokens.x_BND[0]
         sharp_MD = torch.maximum(x_ND[pair_FB2[..., 0]], x_ND[pair_FB2[..., 1]]).flatten(0, 1)
         row_hH, column_wW = (
-            averages(*sizes, device) for sizes in ((H, paths.rows), (W, paths.columns))
+            ops.average_matrix(*sizes, device) for sizes in ((H, paths.rows), (W, paths.columns))
         )
         x_FHWD = x_TLD.index_select(0, fast_F).float().unflatten(1, (H, W))
         x_FhWD = (row_hH @ x_FHWD.flatten(2)).unflatten(2, (W, -1))
@@ -438,19 +438,6 @@ class FreeVideoLLM(Method):
             for length, num in ((H, paths.rows), (W, paths.columns))
         )
         return (row_h[:, None] * W + column_w).flatten()
-
-
-def averages(length: int, num: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """The matrix of adaptive average pooling from `length` to `num` places, float32 [num, length].
-
-    Example:
-        >>> averages(3, 2).tolist()
-        [[0.5, 0.5, 0.0], [0.0, 0.5, 0.5]]
-    """
-    cell = torch.arange(num, device=device)[:, None]
-    place = torch.arange(length, device=device)
-    inside = (place >= cell * length // num) & (place < -(-(cell + 1) * length // num))
-    return inside / inside.sum(1, keepdim=True)
 
 
 def _provenance(
