@@ -692,6 +692,12 @@ NOT_REPRODUCED: list[tuple[str, str, str]] = [
     ("fopru", "0.2 % of the tokens", "the model is not said; of 576 tokens it is one"),
     ("free_video_llm", "2648 tokens of 50 frames", "a count by its own rule; its tests check it"),
     (
+        "grt",
+        "tokens and time grow more slowly than the frame rate",
+        "no figure of cost is given in its abstract; that doubling the rate of a slow clip adds "
+        "less than twice the tokens is in its tests",
+    ),
+    (
         "pyramiddrop",
         "LLaVA-OneVision-7B, 10.5 TFLOPs (HoliTom's table)",
         "the table does not say at which layers and shares",

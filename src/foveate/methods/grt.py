@@ -34,7 +34,7 @@ def motion_gate(
     pixels_T3HW: torch.Tensor,
     patch_size: tuple[int, int],
     tau: float,
-    metric: ops.Metric = "l2",
+    metric: Literal["l2", "ssim"] = "l2",
     reference: Reference = "previous",
     starts_T: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -191,7 +191,7 @@ class GRT(PatchSelector):
     Source: arXiv 2509.14199; details from the released code.
     """
 
-    metric: ops.Metric = "l2"
+    metric: Literal["l2", "ssim"] = "l2"
     tau: float = 0.3
     reference: Reference = "previous"
     policy: Policy = "motion"

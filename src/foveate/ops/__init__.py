@@ -28,7 +28,6 @@ from foveate.ops.merge import (
     unmerge,
 )
 from foveate.ops.motion import (
-    Metric,
     image_patches,
     jensen_shannon,
     last_true,
@@ -70,7 +69,6 @@ from foveate.ops.stretch import ntk_base, ntk_frequencies
 
 __all__ = [
     "Matching",
-    "Metric",
     "Quantised",
     "Segmentation",
     "adjacent_similarity",
