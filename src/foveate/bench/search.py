@@ -102,7 +102,7 @@ class GaussianProcess:
 
     def __init__(self) -> None:
         try:
-            import optuna
+            import optuna  # pyright: ignore[reportMissingImports]
             import scipy  # noqa: F401 - its sampler asks for it at the first proposal only
         except ImportError as error:
             raise MissingDependencyError(
