@@ -38,6 +38,7 @@ from foveate.core.search import SearchRange
 from foveate.core.selector import PatchSelector, PlaneSelector
 from foveate.core.step import Step
 from foveate.core.storage import CacheStorage
+from foveate.core.timeline import TIMED_STAGES, Span, Timeline
 from foveate.core.tokens import Tokens
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "PRESETS",
     "SIGNALS",
     "STAGES",
+    "TIMED_STAGES",
     "AttentionRule",
     "AttentionView",
     "Budget",
@@ -80,9 +82,11 @@ __all__ = [
     "Report",
     "RuleContext",
     "SearchRange",
+    "Span",
     "Stage",
     "StageReport",
     "Step",
+    "Timeline",
     "TokenKind",
     "Tokens",
     "average_cells",
