@@ -16,6 +16,7 @@ from foveate.ops.coverage import facility_location
 from foveate.ops.diversity import max_sum_diversity
 from foveate.ops.equal_distance import equal_distance_attention
 from foveate.ops.flow import concentration, cut_towards, flow_score
+from foveate.ops.gumbel import gumbel_noise, gumbel_top_k
 from foveate.ops.interleave import interleave
 from foveate.ops.merge import (
     Matching,
@@ -87,6 +88,8 @@ __all__ = [
     "facility_location",
     "flow_score",
     "gather_tokens",
+    "gumbel_noise",
+    "gumbel_top_k",
     "halving_weights",
     "image_patches",
     "interleave",
