@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from foveate.attach.looks import Looks
 from foveate.core import Budget, FramePlan, FramesContext, Method, Recipe
 from foveate.errors import DamagedVideoWarning
 from foveate.models.scorer import Scorer
 from foveate.video import Clip, Frames
+from foveate.video.sampling import sample_ranks
 
 
 def choose_frames(
@@ -73,9 +75,56 @@ def choose_frames(
         >>> taken.index.tolist(), taken.plan.method
         ([0, 7, 15, 23, 31, 39], 'quota')
     """
+    opened = Clip.open(clip)
+    index_K, plan = plan_frames(
+        opened,
+        recipe,
+        question,
+        frames,
+        scorer=scorer,
+        retain=retain,
+        tokens=tokens,
+        tokens_per_frame=tokens_per_frame,
+        seed=seed,
+        **arguments,
+    )
+    with warnings.catch_warnings():
+        # Damage is recorded with the frames.
+        warnings.simplefilter("ignore", DamagedVideoWarning)
+        return replace(opened.take(index_K.tolist()), plan=plan)
+
+
+def plan_frames(
+    clip: Clip,
+    recipe: Recipe | Method | str | Iterable[Method],
+    question: str = "",
+    frames: int = 16,
+    *,
+    scorer: Scorer | None = None,
+    retain: float | None = None,
+    tokens: int | None = None,
+    tokens_per_frame: float | None = None,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+    **arguments: Any,
+) -> tuple[Tensor, FramePlan | None]:
+    """`choose_frames` without taking them: for whoever decodes them in another way.
+
+    Args:
+        progress: called with how many frames the scorer has looked at, and how many it was asked
+            for.
+
+    Returns:
+        Ranks, int64 [K], ascending, and the plan; None where no method chose and they lie evenly.
+
+    Raises:
+        VideoError: the clip cannot be read.
+        MissingSignalError: the method needs a scorer.
+        ValueError: a value is out of range, or the method chose frames that are not there.
+    """
     if isinstance(frames, bool) or not isinstance(frames, int) or frames < 1:
         raise ValueError(f"frames must be a whole number >= 1, got {frames!r}.")
-    made, opened, begin = Recipe.of(recipe, **arguments), Clip.open(clip), time.perf_counter()
+    made, begin = Recipe.of(recipe, **arguments), time.perf_counter()
     budgets = made.budgets(Budget(retain, tokens))
     acting = [index for index in made.at("frames") if not budgets[index].is_full]
     plan = None
@@ -84,24 +133,27 @@ def choose_frames(
         budget = budgets[acting[0]]
         if budget.num_samples is not None:
             raise ValueError("One clip takes one budget; choose the frames of each sample alone.")
-        context = _context(opened, budget, step.method, question, frames, scorer)
+        context = _context(clip, budget, step.method, question, frames, scorer, progress)
         context.seed, context.stages = seed, step.stages
         context.tokens_per_frame = tokens_per_frame
         with torch.no_grad():
             plan = step.method.frames(context)
         if plan is not None:
-            plan = _checked(plan, step.method, len(opened))
+            plan = _checked(plan, step.method, len(clip))
             plan = replace(plan, spent=time.perf_counter() - begin)
-    with warnings.catch_warnings():
-        # Damage is recorded with the frames.
-        warnings.simplefilter("ignore", DamagedVideoWarning)
-        if plan is None:
-            return opened.sample(min(frames, len(opened)))
-        return replace(opened.take(plan.index_K.tolist()), plan=plan)
+            return plan.index_K, plan
+    ranks = sample_ranks(len(clip), min(frames, len(clip)))
+    return torch.from_numpy(ranks.astype("int64")), None
 
 
 def _context(
-    clip: Clip, budget: Budget, method: Method, question: str, frames: int, scorer: Scorer | None
+    clip: Clip,
+    budget: Budget,
+    method: Method,
+    question: str,
+    frames: int,
+    scorer: Scorer | None,
+    progress: Callable[[int, int], None] | None,
 ) -> FramesContext:
     """What the method may know: the packet table, and what a scorer sees when it is asked."""
     info = clip.info
@@ -118,7 +170,7 @@ def _context(
         question=question,
     )
     if scorer is not None:
-        looks = Looks(clip, scorer)
+        looks = Looks(clip, scorer, progress)
         context.relevance = lambda index_n: looks.relevance(index_n, question)
         context.embeddings = looks.embeddings
         context.probabilities = bool(scorer.probabilities)

@@ -6,7 +6,7 @@ Legend: n frames asked for, E channels of the scorer's space.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -46,6 +46,7 @@ class Looks:
     Args:
         clip: where frames come from.
         scorer: what looks at them.
+        progress: called with how many frames of a request were looked at, and how many there are.
 
     Example:
         >>> class Brightness:
@@ -57,13 +58,18 @@ class Looks:
         [1.0, 0.0]
     """
 
-    def __init__(self, clip: Clip, scorer: Scorer) -> None:
+    def __init__(
+        self,
+        clip: Clip,
+        scorer: Scorer,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
         if not isinstance(scorer, Scorer):
             raise ValueError(
                 "a scorer has size, probabilities and relevance(pixels, question), such as "
                 f"foveate.Companion; {type(scorer).__name__} has not."
             )
-        self.clip, self.scorer = clip, scorer
+        self.clip, self.scorer, self.progress = clip, scorer, progress
         self.seen = _SEEN.setdefault(clip, WeakKeyDictionary()).setdefault(scorer, _Memory())
 
     def relevance(self, index_n: Tensor, question: str) -> Tensor:
@@ -76,7 +82,7 @@ class Looks:
             text_1E = normalize(self.scorer.embed_text(question).float().cpu(), dim=-1)
             return (self.embeddings(index_n) @ text_1E.mT)[:, 0]
         answers = self.seen.answer.setdefault(question, {})
-        for part in _missing(index_n, answers):
+        for part in self._missing(index_n, answers):
             value_n = self.scorer.relevance(self._copies(part), question)
             answers.update(zip(part, _checked(value_n, len(part), self.scorer), strict=True))
         return torch.tensor([answers[rank] for rank in index_n.tolist()], dtype=torch.float32)
@@ -84,7 +90,7 @@ class Looks:
     def embeddings(self, index_n: Tensor) -> Tensor:
         """Frames in the scorer's space, or small pictures in its place, float32 [n, E]."""
         places = self.seen.place_E
-        for part in _missing(index_n, places):
+        for part in self._missing(index_n, places):
             if isinstance(self.scorer, EmbeddingScorer):
                 place_nE = self.scorer.embed(_decoded(self.clip, part, self.scorer.size))
             else:
@@ -93,18 +99,20 @@ class Looks:
             places.update(zip(part, normalize(place_nE.float().cpu(), dim=-1), strict=True))
         return torch.stack([places[rank] for rank in index_n.tolist()])
 
+    def _missing(self, index_n: Tensor, known: dict[int, Any]) -> Iterator[list[int]]:
+        """Frames not looked at yet, a few at a time."""
+        missing = sorted(set(index_n.tolist()) - known.keys())
+        for start in range(0, len(missing), CHUNK):
+            yield missing[start : start + CHUNK]
+            if self.progress is not None:
+                self.progress(min(start + CHUNK, len(missing)), len(missing))
+
     def _copies(self, ranks: list[int]) -> Tensor:
         copies = self.seen.copy_3hw
         missing = [rank for rank in ranks if rank not in copies]
         if missing:
             copies.update(zip(missing, _decoded(self.clip, missing, self.scorer.size), strict=True))
         return torch.stack([copies[rank] for rank in ranks])
-
-
-def _missing(index_n: Tensor, known: dict[int, Any]) -> Iterator[list[int]]:
-    missing = sorted(set(index_n.tolist()) - known.keys())
-    for start in range(0, len(missing), CHUNK):
-        yield missing[start : start + CHUNK]
 
 
 def _decoded(clip: Clip, ranks: list[int], size: tuple[int, int]) -> Tensor:

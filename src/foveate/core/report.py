@@ -14,6 +14,7 @@ from foveate.core.card import Stage
 from foveate.core.evidence import Evidence
 from foveate.core.grid import Grid, Modality
 from foveate.core.reduction import Reduction
+from foveate.core.timeline import Timeline
 
 if TYPE_CHECKING:
     import torch
@@ -106,6 +107,7 @@ class Report:
         flops: {"untouched": {...}, "reduced": {...}} by part; see docs/flops.md for the rule.
         seconds: wall time spent in methods by stage (host time; on CUDA without synchronisation).
         notes: remarks for people.
+        timeline: when each stage was at work, from the file to the answer, where it was noted.
     """
 
     model: str = ""
@@ -120,6 +122,7 @@ class Report:
     flops: dict[str, Mapping[str, float]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    timeline: Timeline | None = None
 
     def spend(self, stage: str, seconds: float) -> None:
         """Add to the time that the methods of a stage have taken."""
@@ -176,6 +179,7 @@ class Report:
             "flops": {name: dict(parts) for name, parts in self.flops.items()},
             "seconds": dict(self.seconds),
             "notes": list(self.notes),
+            "timeline": None if self.timeline is None else self.timeline.as_dict(),
         }
 
     def __str__(self) -> str:

@@ -5,24 +5,37 @@ Legend: T frames.
 
 from __future__ import annotations
 
-import time
+import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from foveate.attach import choose_frames, reduce
-from foveate.checkpoints import AskingScorer, prepare, sample_frames
+from foveate.attach import reduce
+from foveate.attach.frame_choice import plan_frames
+from foveate.checkpoints import AskingScorer, prepare
 from foveate.checkpoints.processors import sees_whole_frames
-from foveate.core import Method, Recipe, Report
-from foveate.errors import UnsupportedModelError
+from foveate.core import FramePlan, Method, Recipe, Report
+from foveate.core.timeline import Timeline
+from foveate.errors import DamagedVideoWarning, UnsupportedModelError
 from foveate.models.companion import Companion
 from foveate.models.registry import adapter_for
 from foveate.models.scorer import Scorer
 from foveate.video import Clip, Frames
+from foveate.video.sampling import sample_ranks
+from foveate.view.decoding import decode_chunks, join_frames
 from foveate.view.sources import picture_sized
+from foveate.view.timing import (
+    Progress,
+    make_clock,
+    no_progress,
+    peak_memory,
+    settle,
+    timed_features,
+)
 
 
 @dataclass(eq=False)
@@ -38,6 +51,7 @@ class Answer:
         total: seconds of the whole generation.
         peak_memory: most bytes in use: of the GPU's memory in this call; on CPU of the process,
             over its whole life; None where the system does not tell.
+        timeline: when each stage was at work, from the file to the last token.
     """
 
     text: str
@@ -47,6 +61,7 @@ class Answer:
     first_token: float
     total: float
     peak_memory: int | None = None
+    timeline: Timeline = field(default_factory=Timeline)
 
     @property
     def tokens_per_second(self) -> float:
@@ -64,6 +79,7 @@ class Answer:
             "seconds": self.total,
             "tokens_per_second": self.tokens_per_second,
             "peak_memory_bytes": self.peak_memory,
+            "timeline": self.timeline.as_dict(),
             "report": self.report.as_dict(),
         }
 
@@ -82,6 +98,7 @@ def ask(
     on_text: Callable[[str], None] | None = None,
     companion: Companion | None = None,
     scorer: Scorer | None = None,
+    progress: Progress | None = None,
     **arguments: Any,
 ) -> Answer:
     """Ask a model about a clip or picture, with or without a recipe on it.
@@ -101,6 +118,9 @@ def ask(
         companion: as in `foveate.reduce`.
         scorer: as in `foveate.choose_frames`; default: the companion, else the model itself is
             asked of each frame (`foveate.AskingScorer`).
+        progress: called with a stage ("choose", "decode", "encode", "prefill", "answer"), how much
+            of it is done and how much there is: frames, frames, frames, tokens of the prompt,
+            tokens of the answer (of which there may be fewer).
         arguments: hyper-parameters of the recipe's methods.
 
     Returns:
@@ -117,37 +137,42 @@ def ask(
         raise ValueError("the question is empty.")
     made = None if recipe is None else Recipe.of(recipe, **arguments)
     budget = {"retain": retain, "tokens": tokens}
+    timeline, tell = Timeline(), progress or no_progress
     if isinstance(source, Frames):
         taken = source
-    elif made is None or not made.at("frames"):
-        taken = sample_frames(source, frames)
     else:
         clip = Clip.open(source)
-        taken = choose_frames(
+        index, plan = _chosen(
             clip,
             made,
             question,
             frames,
-            scorer=scorer or companion or _asking(model, processor),
-            tokens_per_frame=tokens and _tokens_per_frame(model, processor, clip, frames),
-            **budget,
+            model,
+            processor,
+            scorer or companion,
+            budget,
+            timeline,
+            tell,
         )
-    inputs = prepare(processor, taken, question, is_image=len(taken) == 1)
-    parameter = next(model.parameters())
-    inputs = {name: _placed(value, parameter) for name, value in inputs.items()}
-    inputs = {k: v for k, v in inputs.items() if isinstance(v, torch.Tensor)}
-    inputs.pop("batch_num_images", None)
-    run = None
-    if made is not None:
-        run = reduce(model, made, evidence=True, companion=companion, **budget)
-        run.plans = [] if taken.plan is None else [taken.plan]
-    try:
-        answer = _generate(model, processor, inputs, max_new_tokens, on_text)
+        clip._checked_size(None, len(index))  # All of them lie in memory at once.
+        with warnings.catch_warnings():
+            # Damage is recorded with the frames.
+            warnings.simplefilter("ignore", DamagedVideoWarning)
+            taken = join_frames(decode_chunks(clip, index, timeline, tell), len(index), plan)
+    with timeline.span("encode"):
+        inputs = _prepared(model, processor, taken, question)
+    with ExitStack() as stack:
+        stack.enter_context(timed_features(model, timeline, tell, len(taken)))
+        run = None
+        if made is not None:
+            run = reduce(model, made, evidence=True, companion=companion, **budget)
+            stack.callback(run.remove)
+            run.plans = [] if taken.plan is None else [taken.plan]
+        tell("encode", 0, len(taken))
+        answer = _generate(model, processor, inputs, max_new_tokens, on_text, timeline, tell)
         if run is not None:
             answer.report = run.report
-    finally:
-        if run is not None:
-            run.remove()
+    answer.report.timeline = timeline
     if len(answer.report.items) == 1 and len(taken) > 1:
         (item,) = answer.report.items
         item.seconds = taken.seconds.tolist()
@@ -157,6 +182,46 @@ def ask(
     if taken.damage:
         answer.report.notes.append(taken.damage.reason)
     return answer
+
+
+def _chosen(
+    clip: Clip,
+    recipe: Recipe | None,
+    question: str,
+    frames: int,
+    model: nn.Module,
+    processor: Any,
+    scorer: Scorer | None,
+    budget: dict[str, Any],
+    timeline: Timeline,
+    tell: Progress,
+) -> tuple[list[int], FramePlan | None]:
+    """Ranks of the frames that are shown, and the plan of the method that chose them, if any."""
+    if recipe is None or not recipe.at("frames"):
+        return sample_ranks(len(clip), min(frames, len(clip))).tolist(), None
+    tokens = budget["tokens"]
+    with timeline.span("choose"):
+        index_K, plan = plan_frames(
+            clip,
+            recipe,
+            question,
+            frames,
+            scorer=scorer or _asking(model, processor),
+            tokens_per_frame=tokens and _tokens_per_frame(model, processor, clip, frames),
+            progress=lambda done, total: tell("choose", done, total),
+            **budget,
+        )
+    return index_K.tolist(), plan
+
+
+def _prepared(
+    model: nn.Module, processor: Any, taken: Frames, question: str
+) -> dict[str, torch.Tensor]:
+    """Inputs of the model, on its device."""
+    inputs = prepare(processor, taken, question, is_image=len(taken) == 1)
+    inputs.pop("batch_num_images", None)
+    parameter = next(model.parameters())
+    return {k: _placed(v, parameter) for k, v in inputs.items() if isinstance(v, torch.Tensor)}
 
 
 def _asking(model: nn.Module, processor: Any) -> Scorer | None:
@@ -180,9 +245,7 @@ def _tokens_per_frame(model: nn.Module, processor: Any, clip: Clip, frames: int)
     return sum(int((ids == token).sum()) for token in set(tokens.values())) / num
 
 
-def _placed(value: Any, like: torch.Tensor) -> Any:
-    if not isinstance(value, torch.Tensor):
-        return value
+def _placed(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return value.to(like.device, like.dtype if value.is_floating_point() else value.dtype)
 
 
@@ -192,57 +255,38 @@ def _generate(
     inputs: dict[str, Any],
     max_new_tokens: int,
     on_text: Callable[[str], None] | None,
+    timeline: Timeline,
+    tell: Progress,
 ) -> Answer:
     device = inputs["input_ids"].device
+    prompt = inputs["input_ids"].shape[1]
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    clock = _make_clock(processor.tokenizer, on_text)
-    begin = time.perf_counter()
+
+    def on_token(number: int) -> None:
+        if number == 1:
+            tell("prefill", prompt, prompt)
+        tell("answer", number, max_new_tokens)
+
+    clock = make_clock(processor.tokenizer, timeline, on_text, on_token)
+    begin = timeline.now()
     with torch.inference_mode():
         ids = model.generate(
             **inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=clock
         )
-    total = time.perf_counter() - begin
-    prompt = inputs["input_ids"].shape[1]
-    text = processor.tokenizer.decode(ids[0, prompt:], skip_special_tokens=True).strip()
+    settle(device)
+    end = timeline.now()
+    first = end if clock.first is None else clock.first
+    encoded = max((s.stop for s in timeline.spans if s.stage == "encode"), default=begin)
+    timeline.add("prefill", max(begin, encoded), first)
+    timeline.add("answer", first, end)
     return Answer(
-        text,
+        processor.tokenizer.decode(ids[0, prompt:], skip_special_tokens=True).strip(),
         Report(type(model).__name__),
         prompt,
         int(ids.shape[1]) - prompt,
-        (clock.first or time.perf_counter()) - begin,
-        total,
-        _peak_memory(device),
+        first - begin,
+        end - begin,
+        peak_memory(device),
+        timeline,
     )
-
-
-def _make_clock(tokenizer: Any, on_text: Callable[[str], None] | None) -> Any:
-    from transformers import TextStreamer
-
-    class Clock(TextStreamer):
-        """Hands text on as it comes and notes when the first token did."""
-
-        first: float | None = None
-
-        def put(self, value: Any) -> None:
-            if not self.next_tokens_are_prompt and self.first is None:
-                self.first = time.perf_counter()
-            super().put(value)
-
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            if text and on_text is not None:
-                on_text(text)
-
-    return Clock(tokenizer, skip_prompt=True, skip_special_tokens=True)
-
-
-def _peak_memory(device: torch.device) -> int | None:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-        import sys
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
