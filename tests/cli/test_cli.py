@@ -130,8 +130,9 @@ def test_the_options_are_frozen() -> None:
             *("-m", "-o", "recipe"),
         ],
         "world": [
-            *("--clips", "--first", "--format", "--fps", "--frames", "--json", "--masks"),
-            *("--natural", "--seed", "--size", "--split", "--tasks", "folder"),
+            *("--clips", "--events", "--first", "--format", "--fps", "--frames", "--json"),
+            *("--letterbox", "--masks", "--minutes", "--natural", "--seed", "--size"),
+            *("--split", "--tasks", "folder"),
         ],
     }
 

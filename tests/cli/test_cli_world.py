@@ -89,3 +89,49 @@ def test_nothing_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[st
     code, _, err = run(capsys, tmp_path)
     assert code == 2 and "is not empty; name a new folder" in " ".join(err.split())
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_long_clips_are_a_folder_or_one_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("av")
+    from foveate.video import Clip
+    from foveate.world.long import LongWorld
+
+    options = "--minutes 0.2 --clips 2 --first 3 --events 2 --fps 5 --size 32x48 --seed 1 --json"
+    code, out, err = run(capsys, tmp_path / "out", *options.split(), "--split", "val")
+    document = json.loads(out)
+    assert (code, err) == (0, "")
+    assert (document["clips"], document["questions"], document["seconds"]) == (2, 4, 24)
+    clip = Clip(tmp_path / "out" / "clip-00001.mp4")
+    assert (clip.info.duration, clip.info.height, clip.info.width) == (12, 32, 48)
+    rows = (tmp_path / "out" / "questions.jsonl").read_text().splitlines()
+    world = LongWorld(12, 1, "val", fps=5, events=2)
+    asked = [event.question.text for index in (3, 4) for event in world.sample(index).events]
+    assert [json.loads(row)["question"] for row in rows] == asked
+
+    options = ("--minutes", "0.1", "--tasks", "order, count", "--letterbox", "--size", "32x48")
+    code, out, err = run(capsys, tmp_path / "one.mp4", *options)
+    assert (code, err) == (0, "") and "6.00 s of video in 1 clip and 1 question" in out
+    assert json.loads((tmp_path / "one.jsonl").read_text())["task"] == "order"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--minutes", "1", "--masks"], "goes without --frames"),
+        (["--minutes", "1", "--frames", "8"], "goes without --frames"),
+        (["--minutes", "0.01"], "do not fit"),
+        (["--minutes", "1", "--tasks", "when"], "tasks are some of"),
+        (["--events", "2"], "give --minutes"),
+        (["--letterbox"], "give --minutes"),
+    ],
+)
+def test_options_of_long_clips_are_checked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    code, out, err = run(capsys, tmp_path / "out", *arguments)
+    assert (code, out) == (2, "") and message in err
+    assert not (tmp_path / "out").exists()
+    code, _, err = run(capsys, tmp_path / "a.mp4", "--minutes", "1", "--clips", "2")
+    assert code == 2 and "is one file" in err

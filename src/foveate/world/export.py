@@ -95,12 +95,21 @@ def _check(folder: Path, form: str, scale: int | None) -> None:
         raise ValueError(f"unknown format {form!r}; choose one of {', '.join(FORMATS)}.")
     if scale is not None and scale < 1:
         raise ValueError(f"scale must be at least 1, got {scale}.")
+    check_folder(folder)
+    if form == "mp4":
+        _import_av()
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse to write where something is.
+
+    Raises:
+        FileExistsError: it is a file, or a folder that is not empty.
+    """
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file; name a new folder.")
     if folder.is_dir() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty; name a new folder.")
-    if form == "mp4":
-        _import_av()
 
 
 def _scale(sample: Sample, scale: int | None) -> int:
