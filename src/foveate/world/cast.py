@@ -57,7 +57,7 @@ class _Cast:
         self.frames = frames
         self.sprites: list[Sprite] = []
         self.taken: list[tuple[Point, float]] = []
-        self.shapes = draw.shuffled(SHAPES)
+        self.shapes: list[str] = draw.shuffled(SHAPES)
         self.colors = draw.shuffled(COLORS)
         self.places = draw.shuffled((row, column) for row in range(3) for column in range(3))
 
