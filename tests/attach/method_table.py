@@ -58,6 +58,7 @@ METHOD_TABLE: dict[str, Row] = {
         merges=True,
         reads_text=True,
     ),
+    "b_vllm": Row("b_vllm", ("projector",), exact=False, merges=True, reads_text=True),
     "catp": Row("catp", ("projector", "decoder"), exact=False, reads_text=True),
     "divprune": Row("divprune", ("projector",)),
     "dycoke": Row("dycoke", ("projector", "cache"), on_images=False, reads_text=True),

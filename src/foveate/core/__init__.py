@@ -25,6 +25,7 @@ from foveate.core.planes import (
     by_rank_in_planes,
     count_by_plane,
     frames_of,
+    merge_by_anchor,
     merge_by_plane,
     take_planes,
 )
@@ -95,6 +96,7 @@ __all__ = [
     "frames_of",
     "get_method",
     "list_methods",
+    "merge_by_anchor",
     "merge_by_plane",
     "merged_groups",
     "register_method",

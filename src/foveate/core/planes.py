@@ -128,13 +128,30 @@ def merge_by_plane(
         if merged.weight_BN is not None:
             weight_N[source_TL] = merged.weight_BN.to(weight_N.dtype)
         rank_N[anchor_TM] = torch.arange(keep, device=device).expand_as(anchor_TM)
-    return _item_reduction(grid, home_N, weight_N, rank_N)
+    return merge_by_anchor(grid, home_N, weight_N, rank_N)
 
 
-def _item_reduction(
+def merge_by_anchor(
     grid: Grid, home_N: torch.Tensor, weight_N: torch.Tensor, rank_N: torch.Tensor
 ) -> Reduction:
-    """Join the planes' merges: `home_N` names each patch's anchor, `rank_N` the anchor's place."""
+    """One merge of an item's patches, whose targets stand at patches of their own.
+
+    Targets and special tokens are in the order of `by_rank_in_planes`. O(N log N).
+
+    Args:
+        grid: layout of the item.
+        home_N: int64 [N], the patch at which the target of every patch stands (its own index for
+            that patch); -1 drops the patch, and stands for special tokens.
+        weight_N: weight of every patch in its target, as it is.
+        rank_N: the place of a target among those of its plane, at its anchor, int64 [N].
+
+    Example:
+        >>> grid = Grid.video(2, 1, 3, newlines_at_end=1)
+        >>> home_N = torch.tensor([1, 1, -1, 4, 4, 4, -1])
+        >>> merged = merge_by_anchor(grid, home_N, torch.ones(7), torch.zeros(7, dtype=torch.long))
+        >>> merged.anchor_BM.tolist(), merged.groups_BN.tolist()
+        ([[1, 4, 6]], [[0, 0, -1, 1, 1, 1, 2]])
+    """
     device = home_N.device
     order_N = torch.arange(grid.num_tokens, device=device)
     kept_M = by_rank_in_planes((home_N == order_N).nonzero()[:, 0], rank_N, grid)

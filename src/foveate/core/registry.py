@@ -20,6 +20,7 @@ ENTRY_POINT_GROUP = "foveate.methods"
 
 _BUILTIN: dict[str, str] = {
     "aim": "foveate.methods.aim:AIM",
+    "b_vllm": "foveate.methods.b_vllm:BVLLM",
     "catp": "foveate.methods.catp:CATP",
     "divprune": "foveate.methods.divprune:DivPrune",
     "dycoke": "foveate.methods.dycoke:DyCoke",

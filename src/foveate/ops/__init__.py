@@ -14,6 +14,7 @@ from foveate.ops.allocate import (
 from foveate.ops.cluster import dpc_knn, k_centre, k_medoids, kmeans
 from foveate.ops.coverage import facility_location
 from foveate.ops.diversity import max_sum_diversity
+from foveate.ops.duplicates import duplicate_links, follow_links
 from foveate.ops.equal_distance import equal_distance_attention
 from foveate.ops.flow import concentration, cut_towards, flow_score
 from foveate.ops.gumbel import gumbel_noise, gumbel_top_k
@@ -84,10 +85,12 @@ __all__ = [
     "cut_towards",
     "dpc_knn",
     "earlier_layers",
+    "duplicate_links",
     "equal_distance_attention",
     "facility_location",
     "flow_score",
     "gather_tokens",
+    "follow_links",
     "gumbel_noise",
     "gumbel_top_k",
     "halving_weights",
