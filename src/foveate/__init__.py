@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from foveate.models.companion import Companion
     from foveate.models.registry import list_families, register_adapter
     from foveate.models.scorer import Scorer
-    from foveate.video import Clip
+    from foveate.video import Clip, Live
     from foveate.view.streaming import Stream
 
 __version__ = "0.1.0"
@@ -47,6 +47,7 @@ _LAZY = {
     "Companion": "foveate.models.companion",
     "FoveateError": "foveate.errors",
     "Grid": "foveate.core",
+    "Live": "foveate.video",
     "Method": "foveate.core",
     "Recipe": "foveate.core",
     "Reduction": "foveate.core",
@@ -73,6 +74,7 @@ __all__ = [
     "Companion",
     "FoveateError",
     "Grid",
+    "Live",
     "Method",
     "Recipe",
     "Reduction",

@@ -158,6 +158,7 @@ def test_public_api_is_frozen() -> None:
         "Companion",
         "FoveateError",
         "Grid",
+        "Live",
         "Method",
         "Recipe",
         "Reduction",

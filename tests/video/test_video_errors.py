@@ -407,14 +407,14 @@ def test_sample_clip(real_clip, monkeypatch):
 
 
 def test_an_unknown_colour_description_is_passed_over(gop_video):
-    from foveate.video.decode import _Writer
+    from foveate.video.decode import FrameWriter
     from foveate.video.orientation import Orientation
 
     with av.open(str(gop_video)) as container:
         frame = next(container.decode(video=0))
     converter = av.video.reformatter.VideoReformatter()
     expected, got = torch.empty(2, 3, 48, 64, dtype=torch.uint8)
-    _Writer(frame, converter, Orientation(), "BICUBIC")(expected)
+    FrameWriter(frame, converter, Orientation(), "BICUBIC")(expected)
 
     class Refuses:
         def reformat(self, frame, *args, **options):
@@ -423,7 +423,7 @@ def test_an_unknown_colour_description_is_passed_over(gop_video):
             return converter.reformat(frame, *args, **options)
 
     frame.color_trc = 1
-    _Writer(frame, Refuses(), Orientation(), "BICUBIC")(got)
+    FrameWriter(frame, Refuses(), Orientation(), "BICUBIC")(got)
     assert torch.equal(got, expected)
 
     class AlwaysRefuses:
@@ -431,7 +431,7 @@ def test_an_unknown_colour_description_is_passed_over(gop_video):
             raise av.error.OSError(95, "Operation not supported")
 
     with pytest.raises(DamagedVideoError, match="yuv420p"):
-        _Writer(frame, AlwaysRefuses(), Orientation(), "BICUBIC")(got)
+        FrameWriter(frame, AlwaysRefuses(), Orientation(), "BICUBIC")(got)
 
 
 def test_demuxing_goes_on_after_trouble_but_not_for_ever():

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from foveate.video.clip import Clip
     from foveate.video.frames import Damage, Frames, VideoInfo
     from foveate.video.isolate import Limits
+    from foveate.video.live import Live
+    from foveate.video.live_clock import Gap
+    from foveate.video.live_feed import LiveReport
     from foveate.video.preprocess import FrameTransform
     from foveate.video.samples import sample_clip
     from foveate.video.stream import FrameStream
@@ -37,7 +40,10 @@ _HOME = {
     "FrameStream": "stream",
     "FrameTransform": "preprocess",
     "Frames": "frames",
+    "Gap": "live_clock",
     "Limits": "isolate",
+    "Live": "live",
+    "LiveReport": "live_feed",
     "TorchCodecReader": "torchcodec_reader",
     "VideoInfo": "frames",
     "sample_clip": "samples",
@@ -57,7 +63,10 @@ __all__ = [
     "FrameTooLargeError",
     "FrameTransform",
     "Frames",
+    "Gap",
     "Limits",
+    "Live",
+    "LiveReport",
     "NoVideoStreamError",
     "TorchCodecReader",
     "TruncatedVideoError",

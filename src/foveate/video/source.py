@@ -233,21 +233,29 @@ class MediaSource:
         raise self._explain(failure, stream) from failure
 
     def _explain(self, failure: Exception, stream: Any) -> VideoError:
-        head = _head(stream)
-        if head.startswith(_IMAGE_MAGIC):
-            return UnsupportedVideoError(
-                "this is a picture, not a video; give a list of PIL images", source=self.name
-            )
-        for offset, magic, kind in _MAGIC:
-            if head[offset : offset + len(magic)] == magic:
-                return TruncatedVideoError(
-                    f"it begins as {kind} file, but its header or index is cut off or broken "
-                    f"({_words(failure)}); get a complete copy",
-                    source=self.name,
-                )
+        return explain(_words(failure), _head(stream), self.name)
+
+
+def explain(words: str, head: bytes, name: str) -> VideoError:
+    """Why something did not open, from its first bytes.
+
+    Args:
+        words: what FFmpeg says.
+        head: some 64 bytes.
+        name: of the source.
+    """
+    if head.startswith(_IMAGE_MAGIC):
         return UnsupportedVideoError(
-            f"it is not a video in a known container ({_words(failure)})", source=self.name
+            "this is a picture, not a video; give a list of PIL images", source=name
         )
+    for offset, magic, kind in _MAGIC:
+        if head[offset : offset + len(magic)] == magic:
+            return TruncatedVideoError(
+                f"it begins as {kind} file, but its header or index is cut off or broken "
+                f"({words}); get a complete copy",
+                source=name,
+            )
+    return UnsupportedVideoError(f"it is not a video in a known container ({words})", source=name)
 
 
 class _Idle(NamedTuple):
