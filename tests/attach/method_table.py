@@ -177,4 +177,9 @@ METHOD_TABLE: dict[str, Row] = {
     "videoscan": Row("videoscan", ("projector",), merges=True),
     "visionzip": Row("visionzip", ("projector",), exact=False, merges=True),
     "vista_llama": Row("vista_llama", ("decoder",), reduces=False),
+    "zero_tprune": Row(
+        "zero_tprune",
+        ("encoder",),
+        families=tuple(f for f in TINY_FAMILIES if f not in PACKED),
+    ),
 }

@@ -57,6 +57,7 @@ _BUILTIN: dict[str, str] = {
     "videoscan": "foveate.methods.videoscan:VideoScan",
     "visionzip": "foveate.methods.visionzip:VisionZip",
     "vista_llama": "foveate.methods.vista_llama:VistaLLaMA",
+    "zero_tprune": "foveate.methods.zero_tprune:ZeroTPrune",
 }
 _methods: dict[str, str | type[Method]] = dict(_BUILTIN)
 _outside_loaded = False
