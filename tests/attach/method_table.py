@@ -131,6 +131,7 @@ METHOD_TABLE: dict[str, Row] = {
     "norm": Row("norm", ("projector",), exact=False),
     "pool": Row("pool", ("projector",), merges=True),
     "pyramiddrop": Row("pyramiddrop", ("decoder",), reads_text=True),
+    "qtsplus": Row("qtsplus", ("projector",), exact=False, reads_text=True),
     "quickvideo": Row("quickvideo(group_frames=2)", ("cache",)),
     "quota": Row(
         "quota",

@@ -41,6 +41,7 @@ _BUILTIN: dict[str, str] = {
     "norm": "foveate.methods.norm:Norm",
     "pool": "foveate.methods.pool:Pool",
     "pyramiddrop": "foveate.methods.pyramiddrop:PyramidDrop",
+    "qtsplus": "foveate.methods.qtsplus:QTSplus",
     "quickvideo": "foveate.methods.quickvideo:QuickVideo",
     "quota": "foveate.methods.quota:QuoTA",
     "random": "foveate.methods.random:Random",
