@@ -69,6 +69,7 @@ def context_for(
         "text.patch_similarity": 2 * scores_N[None] - 1,
         "text.frame_similarity": torch.rand(1, len(grid.planes), generator=generator),
         "paired.text": torch.randn(1, 8, generator=generator),
+        "paired.frames": torch.randn(1, len(grid.planes), 8, generator=generator),
         "paired.patches": patch_BNE,
         "encoder.cls_attention": scores_N[None],
         "encoder.received_attention": scores_N[None],

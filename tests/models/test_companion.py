@@ -156,6 +156,7 @@ def test_a_companion_scores_the_tokens_of_any_grid(grid: Grid) -> None:
     text_1E = companion.embed_text("3 4")
     expected_1T = torch.cosine_similarity(frames_TE, text_1E)[None]
     torch.testing.assert_close(pair.read("text.frame_similarity"), expected_1T)
+    torch.testing.assert_close(pair.read("paired.frames"), frames_TE[None])
     embedded = pair.read("paired.patches")
     assert embedded.shape == (1, grid.num_tokens, 12)
     patch_P = grid.patch_index()

@@ -21,8 +21,8 @@ from foveate.errors import AttachmentError
 from foveate.models.companion import Companion
 
 FRAME, PATCH = "text.frame_similarity", "text.patch_similarity"
-TEXT, PATCHES = "paired.text", "paired.patches"
-PAIRED_SIGNALS = (FRAME, PATCH, TEXT, PATCHES)
+TEXT, FRAMES, PATCHES = "paired.text", "paired.frames", "paired.patches"
+PAIRED_SIGNALS = (FRAME, PATCH, TEXT, FRAMES, PATCHES)
 #: Those with one entry per token of the item.
 PER_TOKEN = (PATCH, PATCHES)
 
@@ -63,6 +63,8 @@ class Pairing:
         """
         if name == TEXT:
             return self.text_1E
+        if name == FRAMES:
+            return self.frames_1TE
         if name == PATCHES:
             return self.patches_1NE
         if name == FRAME:

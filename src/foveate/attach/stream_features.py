@@ -32,6 +32,8 @@ class FrameFeatures:
 
     Attributes:
         closing_D: what this family puts behind the last frame of a video; None: nothing so far.
+        place_L2: row and column of every token of the latest group in its frame, int64 [L, 2].
+        shape_T2: rows and columns of every frame of that group, int64 [T, 2].
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class FrameFeatures:
         self.model, self.adapter = model, adapter
         self.modality: Modality = modality
         self.closing_D: Tensor | None = None
+        self.place_L2 = self.shape_T2 = torch.empty(0, 2, dtype=torch.long)
         self.attachment: Attachment | None = None
         self._record: FeatureRecord | None = None
         if recipe is not None:
@@ -71,25 +74,28 @@ class FrameFeatures:
             features = output[1] if isinstance(output, tuple) and len(output) > 1 else output
         grids = self.adapter.grids(self.model, self.modality, given, features)
         parts = self.adapter.split_features(self.model, features, grids)
-        found, planes, first = [], [], 0
+        found, planes, places, first = [], [], [], 0
         for number, (grid, x_ND) in enumerate(zip(grids, parts, strict=True)):
-            x_ND, plane_N = self._item(number, grid, x_ND.to(like.dtype))
+            x_ND, position_N3 = self._item(number, grid, x_ND.to(like.dtype))
             found.append(x_ND)
-            planes.append(plane_N + first)
+            planes.append(position_N3[:, 0] + first)
+            places.append(position_N3[:, 1:])
             first += len(grid.planes)
         plane_L, order_L = torch.cat(planes).sort(stable=True)
+        self.place_L2 = torch.cat(places)[order_L]
+        sizes = [(plane.height, plane.width) for grid in grids for plane in grid.planes]
+        self.shape_T2 = torch.tensor(sizes, device=plane_L.device)
         return torch.cat(found)[order_L], plane_L, first
 
     def _item(self, number: int, grid: Grid, x_ND: Tensor) -> tuple[Tensor, Tensor]:
-        """What the recipe leaves of one item, without what closes it, and the plane of each."""
+        """What the recipe leaves of one item, without what closes it, and where each was."""
         source_N = torch.arange(len(x_ND), device=x_ND.device)
         if self.attachment is not None:
             x_ND, source_N = self._reduced(self.attachment, number, grid, x_ND)
         closes_N = source_N >= grid.num_tokens - grid.newlines_at_end
         if closes_N.any():
             self.closing_D = x_ND[closes_N][-1]
-        plane_N = grid.positions(x_ND.device)[source_N, 0]
-        return x_ND[~closes_N], plane_N[~closes_N]
+        return x_ND[~closes_N], grid.positions(x_ND.device)[source_N][~closes_N]
 
     def _reduced(
         self, attachment: Attachment, number: int, grid: Grid, x_ND: Tensor

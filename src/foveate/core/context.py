@@ -46,6 +46,7 @@ SIGNALS: dict[str, str] = {
     "text.patch_similarity": "the same with every token of the item; newline and [CLS] tokens hold "
     "NaN",
     "paired.text": "the instruction in that space, [1, E]",
+    "paired.frames": "the planes of the item in that space, [1, planes, E]",
     "paired.patches": "the tokens of the item in that space, [1, N, E]; NaN as above",
 }
 
