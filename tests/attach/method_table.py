@@ -159,6 +159,10 @@ METHOD_TABLE: dict[str, Row] = {
         ("decoder", "cache"),
         reads_text=True,
     ),
+    # [CLS] tokens stay with whole frames, and how many these are depends on the cuts.
+    "tdc": Row(
+        "tdc", ("projector",), exact=False, merges=True, families=WITH_VIDEOS, on_images=False
+    ),
     "todre": Row("todre(tau=1.1)", ("projector", "decoder"), exact=False),
     "tome": Row(
         "tome",
@@ -172,6 +176,16 @@ METHOD_TABLE: dict[str, Row] = {
     "uniform": Row("uniform", ("projector",), exact=False),
     "vflowopt": Row("vflowopt", ("projector", "decoder"), exact=False, merges=True),
     "vidcom2": Row("vidcom2", ("projector",), families=WITH_VIDEOS, on_images=False),
+    # Clips of two frames, so that the tiny clips of three and four have a choice to make.
+    "video_streaming": Row(
+        "video_streaming(clip_frames=2)",
+        ("projector",),
+        exact=False,
+        merges=True,
+        families=WITH_VIDEOS,
+        on_images=False,
+        reads_text=True,
+    ),
     "video_xl2": Row(
         "video_xl2(block_units=1, previous_blocks=1, chunk_units=1)", ("cache",), reads_text=True
     ),

@@ -25,7 +25,7 @@ BUDGETS = [Budget(retain=0.1), Budget(retain=0.37), Budget(tokens=11)]
 
 VIDEOS_ONLY = {
     *("dycoke", "evs", "f2c", "free_video_llm", "grt", "holitom", "kffocus", "quota"),
-    *("ts_llava", "vidcom2"),
+    *("tdc", "ts_llava", "vidcom2", "video_streaming"),
 }
 #: A frame may stand in several paths.
 REPEATS = {"free_video_llm"}

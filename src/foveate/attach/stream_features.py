@@ -15,7 +15,7 @@ from foveate.attach.attachment import Attachment
 from foveate.attach.features import FeatureRecord
 from foveate.attach.prompt import PromptReducer
 from foveate.attach.sequence import VisualItem
-from foveate.core import Budget, Grid, ItemReport, Modality, Recipe, Report
+from foveate.core import Budget, Grid, ItemReport, Modality, Recipe, Report, TokenKind
 from foveate.errors import AttachmentError
 from foveate.models.adapter import Adapter
 
@@ -32,7 +32,8 @@ class FrameFeatures:
 
     Attributes:
         closing_D: what this family puts behind the last frame of a video; None: nothing so far.
-        place_L2: row and column of every token of the latest group in its frame, int64 [L, 2].
+        place_L2: row and column of every token of the latest group in its frame, int64 [L, 2]; -1
+            for newlines and [CLS] tokens.
         shape_T2: rows and columns of every frame of that group, int64 [T, 2].
     """
 
@@ -95,7 +96,9 @@ class FrameFeatures:
         closes_N = source_N >= grid.num_tokens - grid.newlines_at_end
         if closes_N.any():
             self.closing_D = x_ND[closes_N][-1]
-        return x_ND[~closes_N], grid.positions(x_ND.device)[source_N][~closes_N]
+        position_N3 = grid.positions(x_ND.device)[source_N]
+        position_N3[grid.kinds(x_ND.device)[source_N] != TokenKind.PATCH, 1:] = -1
+        return x_ND[~closes_N], position_N3[~closes_N]
 
     def _reduced(
         self, attachment: Attachment, number: int, grid: Grid, x_ND: Tensor

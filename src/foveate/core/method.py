@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from foveate.core.blocks import Blocks, PrefillContext
     from foveate.core.frames import FramePlan, FramesContext
     from foveate.core.patches import PatchesContext
-    from foveate.core.stream import StreamMemory
+    from foveate.core.stream import RecallMemory, StreamMemory
 
 
 @dataclass(frozen=True)
@@ -260,7 +260,7 @@ class Method:
         """
         return None
 
-    def stream_memory(self) -> StreamMemory | None:
+    def stream_memory(self) -> StreamMemory | RecallMemory | None:
         """The memory of one stream of frames, made anew for each; None: the method has none.
 
         `foveate.Stream` asks it. What else the method does is left out there.

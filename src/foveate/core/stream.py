@@ -1,6 +1,7 @@
 """What a method says about a stream of frames: what is computed, and what is remembered of it.
 
-Legend: T frames of a group, E frames remembered before it, L tokens of the group, D channels.
+Legend: T frames of a group, E frames remembered before it, L tokens of the group or of what is
+recalled, D channels, C channels of the space of text and pictures.
 """
 
 from __future__ import annotations
@@ -111,3 +112,82 @@ class RecentMemory(StreamMemory):
         self.size = len(remains_K)
         kept_L = torch.ones_like(frame_L, dtype=torch.bool)
         return StreamStep(x_LD, frame_L, kept_L, sees_TE, remains_K)
+
+
+@dataclass(frozen=True, eq=False)
+class FrameGroup:
+    """New frames as a memory sees them that the language model does not read at once.
+
+    Attributes:
+        x_LD: tokens that the projector (and the methods before this one) made, [L, D].
+        frame_L: the frame of the group that each belongs to, int64 [L], ascending; every frame has
+            at least one.
+        place_L2: row and column of each in its frame, int64 [L, 2]; -1 for newlines and [CLS].
+        shape_T2: rows and columns of every frame, int64 [T, 2].
+        number_T: numbers of the frames, counted over the stream, ascending.
+        key_TC: every frame as a whole in the space of text and pictures ("paired.frames"),
+            float32 [T, C].
+    """
+
+    x_LD: torch.Tensor
+    frame_L: torch.Tensor
+    place_L2: torch.Tensor
+    shape_T2: torch.Tensor
+    number_T: tuple[int, ...]
+    key_TC: torch.Tensor
+
+
+@dataclass(frozen=True)
+class RecalledClip:
+    """A stretch of a stream that a question called back.
+
+    Attributes:
+        first, last: numbers of its first and last frame, counted over the stream.
+        relevance: how well it fits the question, a cosine.
+        running: it is the newest stretch, not finished yet, which is always called back.
+    """
+
+    first: int
+    last: int
+    relevance: float
+    running: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Recall:
+    """What a question calls back, in the order of time.
+
+    Attributes:
+        x_LD: tokens for the language model, [L, D].
+        number_L: numbers of the frames that they come from, int64 [L], ascending.
+        clips: the stretches that these are.
+    """
+
+    x_LD: torch.Tensor
+    number_L: torch.Tensor
+    clips: tuple[RecalledClip, ...]
+
+
+class RecallMemory(ABC):
+    """A memory that is asked: it keeps what it saw, and a question calls some of it back.
+
+    The language model reads nothing while frames come; what is called back is read in front of the
+    question each time. Asking changes nothing.
+    """
+
+    @abstractmethod
+    def push(self, group: FrameGroup) -> int:
+        """Take in new frames, in order; gives how many of the oldest frames were forgotten."""
+
+    @abstractmethod
+    def recall(self, text_1C: torch.Tensor) -> Recall:
+        """What fits a question, given in the space of the frames' keys, float [1, C].
+
+        Raises:
+            ValueError: nothing is remembered yet.
+        """
+
+    @property
+    @abstractmethod
+    def num_bytes(self) -> int:
+        """Memory of all that is kept."""
