@@ -36,7 +36,7 @@ from foveate.ops.motion import (
     patch_change,
 )
 from foveate.ops.outliers import local_outlier_factor
-from foveate.ops.peak_attention import peak_attention
+from foveate.ops.peak import peak_attention
 from foveate.ops.quantise import Quantised, quantise
 from foveate.ops.resample import average_matrix, bilinear_matrix
 from foveate.ops.schedule import earlier_layers, mean_share, share_schedule
