@@ -12,9 +12,7 @@ from foveate.ops._common import require_dims, require_shape
 from foveate.ops.select import ranks
 
 
-def duplicate_links(
-    similarity_KK: Tensor, threshold: float, *, most: int | None = None
-) -> Tensor:
+def duplicate_links(similarity_KK: Tensor, threshold: float, *, most: int | None = None) -> Tensor:
     """For every row the earlier row that it resembles most, where that is above `threshold`.
 
     Only entries below the diagonal are read; ties go to the lowest index. O(K^2).
