@@ -47,6 +47,8 @@ class Adapter(ABC):
             `model_type` does not name it.
         stream_modality: as what frames can be read a few at a time, their tokens one run in the
             prompt: "image", an item each, or "video", a plane each; None: they cannot.
+        video_in_chunks: a video's planes can be encoded some at a time, with what closes it behind
+            the last, and their tokens stand in the prompt in that order.
     """
 
     family: ClassVar[str]
@@ -59,6 +61,7 @@ class Adapter(ABC):
     feature_layer_key: ClassVar[str | None] = None
     vision_layout: ClassVar[str | None] = None
     stream_modality: ClassVar[Modality | None] = None
+    video_in_chunks: ClassVar[bool] = False
 
     # --- parts of the model -------------------------------------------------------------------
 
@@ -200,6 +203,10 @@ class Adapter(ABC):
         """
 
     # --- features -----------------------------------------------------------------------------
+
+    def open_ended(self) -> Adapter:
+        """This adapter for a part of a video that goes on: its grids lack what closes the video."""
+        return self
 
     def split_features(
         self, model: nn.Module, features: Any, grids: Sequence[Grid]

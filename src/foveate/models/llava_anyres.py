@@ -9,6 +9,7 @@ Legend: P patches of a tile, T frames, V videos, S side of a tile in patches.
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -174,6 +175,12 @@ class _VideoPlanes(LlavaNextAdapter):
 
     video_newlines: ClassVar[int] = 0
     stream_modality: ClassVar[Modality | None] = "video"
+    video_in_chunks: ClassVar[bool] = True
+
+    def open_ended(self) -> LlavaNextAdapter:
+        part = copy.copy(self)
+        part.__dict__["video_newlines"] = 0
+        return part
 
     def grids(
         self, model: nn.Module, modality: Modality, arguments: Mapping[str, Any], features: Any

@@ -24,6 +24,7 @@ class Qwen2VLAdapter(Adapter):
     docs_name = "Qwen2-VL"
     modalities: ClassVar = ("image", "video")
     mrope = True
+    video_in_chunks: ClassVar[bool] = True
     tower_paths: ClassVar = {"image": "visual", "video": "visual"}
     vision_layout = "qwen_vision"
 
@@ -112,6 +113,7 @@ class Qwen3VLAdapter(Qwen2VLAdapter):
     family = "qwen3_vl"
     model_types: ClassVar = ("qwen3_vl",)
     docs_name = "Qwen3-VL"
+    stream_modality: ClassVar[Modality | None] = None
 
     def num_deepstack(self, model: nn.Module) -> int:
         return len(self._visual(model).deepstack_visual_indexes)

@@ -22,6 +22,7 @@ class VideoLlavaAdapter(LlavaAdapter):
     model_types: ClassVar = ("video_llava",)
     docs_name = "Video-LLaVA"
     stream_modality: ClassVar[Modality | None] = "video"
+    video_in_chunks: ClassVar[bool] = True
     modalities: ClassVar = ("image", "video")
     tower_paths: ClassVar = {"image": "image_tower", "video": "video_tower"}
 
