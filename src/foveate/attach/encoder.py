@@ -24,8 +24,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from foveate.attach.encoder_run import EncoderRun, checked_carry, states_left
-from foveate.attach.gating import entering, fill, gate, latest, pixels_of
+from foveate.attach.encoder_attention import rewrite_hook, rewriting
+from foveate.attach.encoder_run import EncoderRun, acts_at, checked_carry, states_left
+from foveate.attach.gating import entering, fill, gate, latest, pixels_of, plane_of
 from foveate.attach.noting import encoder_notebook, patches_notebook
 from foveate.attach.packing import Packing
 from foveate.attach.single import OfOneModel
@@ -33,6 +34,7 @@ from foveate.attach.tower_tap import TowerTap
 from foveate.core import (
     Budget,
     EncoderContext,
+    EncoderPoint,
     Grid,
     Method,
     Notebook,
@@ -136,7 +138,11 @@ class EncoderStage(OfOneModel):
                 )
             )
             observe = self._on_attention(index)
-            handles += TowerTap(tower, index, observe, self.reads_values).handles
+            tap = TowerTap(tower, index, observe, self.reads_values)
+            handles += tap.handles
+            if rewriting(self.steps):
+                hook = rewrite_hook(self._rewriters(index, tap))
+                handles.append(tower.attention_outputs[index].register_forward_pre_hook(hook))
             handles.append(
                 tower.mlp_inputs[index].register_forward_pre_hook(self._before_mlp(index))
             )
@@ -147,8 +153,10 @@ class EncoderStage(OfOneModel):
     def _start(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         active = any(not self.budget(index).is_full for index, _ in (*self.gates, *self.steps))
         self._local.run = run = EncoderRun(num_prefix=self.tower.num_prefix) if active else None
-        if run is not None and self.gates:
-            run.pixels = pixels_of(args, kwargs)
+        if run is not None:
+            run.plane = plane_of(args, kwargs, self.tower.patch_size)
+            if self.gates:
+                run.pixels = pixels_of(args, kwargs)
 
     def _finish(self, module: nn.Module, args: tuple, output: Any) -> None:
         run, self._local.run = self.run, None
@@ -224,6 +232,26 @@ class EncoderStage(OfOneModel):
 
         return observe
 
+    def _rewriters(
+        self, index: int, tap: TowerTap
+    ) -> Callable[[], list[tuple[Method, EncoderContext]]]:
+        def asked() -> list[tuple[Method, EncoderContext]]:
+            run = self.run
+            if run is None or run.restored or index > self.tower.feature_block:
+                return []
+            self._on_attention(index)(*tap.so_far())
+            captured = run.captured or (None, None, None)
+            if run.packing is not None:
+                captured = tuple(x if x is None else run.packing.unpack_heads(x) for x in captured)
+            shape = (run.num_images, run.num_tokens)
+            return [
+                (method, self._context(run, number, method, index, captured, shape))
+                for number, method in rewriting(self.steps)
+                if not self.budget(number).is_full
+            ]
+
+        return asked
+
     def _before_mlp(self, index: int) -> Callable:
         def hook(module: nn.Module, args: tuple) -> Any:
             run = self.run
@@ -275,39 +303,29 @@ class EncoderStage(OfOneModel):
 
     # -- reducing -------------------------------------------------------------------------------
 
-    def _reduce_at(self, point: str, index: int, x_BND: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    def _reduce_at(
+        self, point: EncoderPoint, index: int, x_BND: torch.Tensor
+    ) -> tuple[torch.Tensor, bool]:
         run = self.run
         assert run is not None
         acting = [
             (number, method)
             for number, method in self.steps
-            if method.encoder_point == point and not self.budget(number).is_full
+            if acts_at(method, point) and not self.budget(number).is_full
         ]
         changed = False
         if run.restored or index > self.tower.feature_block or not acting:
             return x_BND, changed
         captured, packing = run.captured or (None, None, None), run.packing
+        if point == "block_start":
+            captured = (None, None, None)  # of the block before
         if packing is not None:
             x_BND = packing.unpack(x_BND)
             captured = tuple(None if x is None else packing.unpack_heads(x) for x in captured)
-        queries, keys, values = captured
         for number, method in acting:
             begin = time.perf_counter()
-            context = EncoderContext(
-                budget=self.budget(number),
-                method=method.name,
-                state=run.state.setdefault(number, {}),
-                layer=index,
-                num_layers=self.tower.feature_block + 1,
-                num_prefix=self.tower.num_prefix,
-                has_cls=self.tower.has_cls,
-                keys_BHNd=keys,
-                queries_BHNd=queries,
-                values_BHNd=values,
-                notebook=self._notebook(run, index, x_BND),
-                stages=self.stages.get(number, ()),
-                layouts=self.layouts,
-            )
+            shape = (x_BND.shape[0], x_BND.shape[1])
+            context = self._context(run, number, method, index, captured, shape, point)
             tokens = Tokens(x_BND) if run.tokens is None else _with_features(run.tokens, x_BND)
             with torch.no_grad():
                 reduction = method.encoder(tokens, context)
@@ -326,6 +344,36 @@ class EncoderStage(OfOneModel):
         if run.packing is not None:
             x_BND = run.packing.pack(x_BND)
         return x_BND, changed or packing is not None
+
+    def _context(
+        self,
+        run: EncoderRun,
+        number: int,
+        method: Method,
+        index: int,
+        captured: tuple[torch.Tensor | None, ...],
+        shape: tuple[int, int],
+        point: EncoderPoint = "after_attention",
+    ) -> EncoderContext:
+        queries, keys, values = captured
+        return EncoderContext(
+            budget=self.budget(number),
+            method=method.name,
+            state=run.state.setdefault(number, {}),
+            layer=index,
+            num_layers=self.tower.feature_block + 1,
+            point=point,
+            num_prefix=self.tower.num_prefix,
+            has_cls=self.tower.has_cls,
+            keys_BHNd=keys,
+            queries_BHNd=queries,
+            values_BHNd=values,
+            size_BN=self.sizes(),
+            plane=run.plane,
+            notebook=self._notebook(run, index, shape),
+            stages=self.stages.get(number, ()),
+            layouts=self.layouts,
+        )
 
     def _gate(self, run: EncoderRun, x_BND: torch.Tensor) -> torch.Tensor:
         """The patches stage: what enters the first block, in rows without padding."""
@@ -373,10 +421,9 @@ class EncoderStage(OfOneModel):
             mask_BM = run.tokens.mask_BN
             run.packing = None if mask_BM is None else Packing.of(mask_BM)
 
-    def _notebook(self, run: EncoderRun, index: int, x_BND: torch.Tensor) -> Notebook | None:
+    def _notebook(self, run: EncoderRun, index: int, shape: tuple[int, int]) -> Notebook | None:
         if not self.evidence:
             return None
-        shape = (x_BND.shape[0], x_BND.shape[1])
         return encoder_notebook(run.notes, run.reduction, shape, index, self.tower.num_prefix)
 
     def sizes(self) -> torch.Tensor | None:

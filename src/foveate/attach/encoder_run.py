@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from foveate.attach.packing import Packing
-from foveate.core import Evidence, Method, Reduction, Tokens
+from foveate.core import EncoderPoint, Evidence, Method, Reduction, Tokens
 from foveate.core.flops import EncoderDims, encoder_flops
 
 
@@ -37,6 +37,7 @@ class EncoderRun:
         pixels: the pictures of the call until the patches stage has looked at them.
         entered: from the encoder's tokens to those that entered the first block; None: all.
         packing: how the present tokens share rows; None: every image has one of its own.
+        plane: rows and columns of the patches of an image; None where pixels do not tell.
         rows: sequences that the attention of each block ran on.
         mlp_rows: likewise its MLP.
     """
@@ -59,6 +60,7 @@ class EncoderRun:
     pixels: torch.Tensor | None = None
     entered: Reduction | None = None
     packing: Packing | None = None
+    plane: tuple[int, int] | None = None
     rows: list[int] = field(default_factory=list)
     mlp_rows: list[int] = field(default_factory=list)
 
@@ -81,6 +83,12 @@ class EncoderRun:
             mlp = [length * rows for length, rows in pairs]
         patches = self.num_tokens * self.num_images // images
         return encoder_flops(dims, attention, images, mlp_lengths=mlp, num_patches=patches)
+
+
+def acts_at(method: Method, point: EncoderPoint) -> bool:
+    """Whether a method's encoder stage is asked there."""
+    points = method.encoder_point
+    return point == points if isinstance(points, str) else point in points
 
 
 def states_left(run: EncoderRun, tokens: Tokens) -> torch.Tensor:

@@ -32,6 +32,16 @@ def pixels_of(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
     return pixels
 
 
+def plane_of(
+    args: tuple, kwargs: dict[str, Any], patch_size: tuple[int, int]
+) -> tuple[int, int] | None:
+    """Rows and columns of the patches of the pictures that an encoder is called with."""
+    pixels = kwargs.get("pixel_values", args[0] if args else None)
+    if not isinstance(pixels, torch.Tensor) or pixels.dim() != 4:
+        return None
+    return pixels.shape[2] // patch_size[0], pixels.shape[3] // patch_size[1]
+
+
 def entering(method: Method, context: PatchesContext, num_patches: int) -> torch.Tensor | None:
     """What a method lets in, bool [B, P]; None: everything.
 

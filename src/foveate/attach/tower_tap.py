@@ -109,6 +109,10 @@ class TowerTap(OfOneModel):
         for name, module in taps.items():
             self.handles.append(module.register_forward_hook(functools.partial(self._tap, name)))
 
+    def so_far(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """What the observer is going to get, while the attention is still running."""
+        return self._local.captured, self._local.kwargs
+
     def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self._local.captured, self._local.kwargs = {}, kwargs
 

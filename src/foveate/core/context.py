@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 #: The parts of a decoder layer that `Method.observe` sees.
 LayerModule = Literal["attention", "mlp"]
+#: Where in a vision block an encoder-stage method may act.
+EncoderPoint = Literal["block_start", "after_attention", "block_end"]
 
 #: Signals that a projector-stage method can declare in `needs`; all are float32 [1, N] maps in the
 #: order of the language model's tokens (pooled, unpadded and merged exactly like the features;
@@ -210,11 +212,15 @@ class EncoderContext(Context):
     Attributes:
         layer: index of the block, 0-based.
         num_layers: blocks that run.
+        point: where in the block the method is asked, see `Method.encoder_point`.
         num_prefix: [CLS] and register tokens at the front of the sequence.
         has_cls: the first of them is a [CLS] token.
         keys_BHNd: keys of this block's attention.
         queries_BHNd: queries of this block's attention.
         values_BHNd: values of this block's attention, where the method sets `reads_values`.
+        size_BN: how many tokens each counts for in this block's attention (its log is added to the
+            logits, padding counts for none); None: one each.
+        plane: rows and columns of the patches of an image; None where pixels do not tell.
         layouts: `layouts()` gives, for every image of the call, the grid of the visual item that it
             belongs to and its plane there (all tiles of a mosaic share one); empty for an encoder
             alone.
@@ -223,11 +229,14 @@ class EncoderContext(Context):
 
     layer: int = 0
     num_layers: int = 1
+    point: EncoderPoint = "after_attention"
     num_prefix: int = 0
     has_cls: bool = False
     keys_BHNd: torch.Tensor | None = None
     queries_BHNd: torch.Tensor | None = None
     values_BHNd: torch.Tensor | None = None
+    size_BN: torch.Tensor | None = None
+    plane: tuple[int, int] | None = None
     layouts: Callable[[], Sequence[tuple[Grid, int]]] = tuple
     carried: MutableMapping[str, torch.Tensor] = field(default_factory=dict)
 

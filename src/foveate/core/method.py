@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -19,6 +19,7 @@ from foveate.core.context import (
     CacheContext,
     DecoderContext,
     EncoderContext,
+    EncoderPoint,
     ModuleContext,
     ProjectorContext,
 )
@@ -75,7 +76,8 @@ class Method:
             or cannot act (an encoder that packs all images into one row); only then the blocks that
             `encoder_layers` names are read.
         encoder_point: where the encoder stage acts in a block: "after_attention" (between
-            attention and MLP), "block_start" or "block_end".
+            attention and MLP), "block_start" or "block_end"; a tuple of them: at each, and
+            `EncoderContext.point` says which it is.
 
     Example:
         >>> from foveate.core import Card, Method, Reduction
@@ -99,9 +101,7 @@ class Method:
     interleaves_frames: ClassVar[bool] = False
     encoder_drops: ClassVar[bool] = False
     encoder_optional: ClassVar[bool] = False
-    encoder_point: ClassVar[Literal["after_attention", "block_start", "block_end"]] = (
-        "after_attention"
-    )
+    encoder_point: ClassVar[EncoderPoint | tuple[EncoderPoint, ...]] = "after_attention"
 
     @property
     def name(self) -> str:
@@ -208,6 +208,14 @@ class Method:
     def encoder(self, tokens: Tokens, context: EncoderContext) -> Reduction | None:
         """Reduce the sequence of one vision block; tokens [B, prefix + N, D] of all images."""
         raise NotImplementedError
+
+    def encoder_attention(self, context: EncoderContext) -> torch.Tensor | None:
+        """Change what the attention of one vision block gives, [B, H, N, d] before its projection.
+
+        Asked in every block, right behind the fused kernel, whose result it replaces; the context
+        has queries, keys, values (with `reads_values`) and sizes. None leaves it.
+        """
+        return None
 
     def projector(self, tokens: Tokens, context: ProjectorContext) -> Reduction | None:
         """Reduce one image or video between encoder and language model; tokens [1, N, D]."""

@@ -33,6 +33,8 @@ class VisionTower:
         taps: per block, the modules whose outputs `assemble_qk` and `assemble_v` need, under "q",
             "k" and "v" or "qkv".
         gains: per block, the per-channel factor [C] on the output of `mlp_outputs`, or None.
+        attention_outputs: the module of each block that projects what its attention gives, whose
+            input is [B, N, H * D] with the heads side by side.
         num_heads: attention heads (keys and values have as many).
         head_dim: channels of a head.
         num_prefix: tokens before the patches ([CLS], registers, distillation).
@@ -49,6 +51,7 @@ class VisionTower:
     mlp_outputs: tuple[nn.Module, ...]
     taps: tuple[Mapping[str, nn.Module], ...] = field(repr=False)
     gains: tuple[Tensor | None, ...] = field(repr=False)
+    attention_outputs: tuple[nn.Module, ...] = field(repr=False)
     num_heads: int
     head_dim: int
     num_prefix: int
@@ -148,6 +151,7 @@ class VisionLayout:
         mlp_input: path of the norm in front of the MLP below a block.
         mlp_output: path of the last module of the MLP branch below a block.
         taps: name -> paths below a block of the modules that give queries, keys and values.
+        attention_output: paths below a block of the output projection of its attention.
         gain: name of a parameter of the block that scales the MLP branch.
         prefix: tokens before the patches.
         registers: name of a config field with the number of register tokens, added to `prefix`.
@@ -160,6 +164,7 @@ class VisionLayout:
     mlp_input: str
     mlp_output: str
     taps: Mapping[str, tuple[str, ...]]
+    attention_output: tuple[str, ...]
     gain: str | None = None
     prefix: int = 0
     registers: str | None = None
@@ -174,6 +179,7 @@ def _clip_like(prefix: int, packed: bool = False) -> VisionLayout:
         mlp_input="layer_norm2",
         mlp_output="mlp",
         taps={name: (f"self_attn.{name}_proj",) for name in "qkv"},
+        attention_output=("self_attn.out_proj",),
         prefix=prefix,
         has_cls=prefix > 0,
         packed=packed,
@@ -192,6 +198,7 @@ def _vit_like(prefix: int, *, dino: bool = False, registers: str | None = None) 
             "k": ("attention.k_proj", "attention.attention.key"),
             "v": ("attention.v_proj", "attention.attention.value"),
         },
+        attention_output=("attention.o_proj", "attention.output.dense"),
         prefix=prefix,
         registers=registers,
         has_cls=True,
@@ -204,6 +211,7 @@ _QWEN = VisionLayout(
     mlp_input="norm2",
     mlp_output="mlp",
     taps={"qkv": ("attn.qkv",)},
+    attention_output=("attn.proj",),
     packed=True,
 )
 
@@ -214,6 +222,7 @@ _INTERNVL = VisionLayout(
     mlp_output="mlp",
     # q_norm is the identity in most checkpoints, but always a module that can be hooked.
     taps={"q": ("attention.q_norm",), "k": ("attention.k_norm",), "v": ("attention.v_proj",)},
+    attention_output=("attention.projection_layer",),
     gain="lambda_2",
     prefix=1,
     has_cls=True,
@@ -270,6 +279,7 @@ def build_tower(
             {key: _resolve(block, paths) for key, paths in spec.taps.items()} for block in blocks
         ),
         gains=tuple(getattr(block, spec.gain) if spec.gain else None for block in blocks),
+        attention_outputs=tuple(_resolve(block, spec.attention_output) for block in blocks),
         num_heads=heads,
         head_dim=head_dim,
         num_prefix=spec.prefix + registers,
