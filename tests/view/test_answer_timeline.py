@@ -13,7 +13,7 @@ from foveate.core.timeline import Timeline
 from foveate.errors import FrameTooLargeError
 from foveate.video import Clip
 from foveate.view import ask
-from foveate.view.decoding import decode_chunks, join_frames
+from foveate.view.decoding import DecodedChunks, join_frames
 
 QUESTION = "what is in the video"
 
@@ -66,7 +66,7 @@ def test_every_stage_has_its_span(onevision) -> None:
 def test_decoding_tells_chunk_by_chunk() -> None:
     told, line = [], Timeline()
     index = list(range(0, 40, 2))
-    chunks = decode_chunks(clip(), index, line, lambda *words: told.append(words), chunk=8)
+    chunks = DecodedChunks(clip(), index, line, lambda *words: told.append(words), chunk=8)
     frames = join_frames(chunks, len(index))
     assert told == [("decode", done, 20) for done in (0, 8, 16, 20)]
     assert [(span.stage, span.part) for span in line.spans] == [("decode", n) for n in range(3)]

@@ -71,7 +71,7 @@ class OverlappedPrefill:
         evidence: as in `foveate.reduce`.
 
     Raises:
-        AttachmentError: the recipe needs the whole prompt at once, or the model carries one already.
+        AttachmentError: the recipe needs the whole prompt at once, or the model carries a recipe.
         UnsupportedModelError: videos of this family cannot be encoded in chunks.
         ValueError: depth or timeout is out of range.
 
@@ -144,6 +144,35 @@ class OverlappedPrefill:
             "past_key_values": self.cache,
         }
 
+    def inputs_for(self, ids_1L: Tensor) -> dict[str, Any]:
+        """`inputs` of another prompt with the same video and another text behind it.
+
+        What came behind the video so far (an earlier question and its answer) leaves the cache.
+
+        Args:
+            ids_1L: int64 [1, L'], equal to the first prompt up to the last visual token.
+
+        Raises:
+            ValueError: it is not.
+        """
+        known = self.prompt.columns[-1][1]
+        ids_1L = ids_1L.to(self.prompt.ids_1L.device)
+        if not torch.equal(ids_1L[:, :known], self.prompt.ids_1L[:, :known]):
+            raise ValueError(
+                f"The new prompt differs from the old one within its first {known} tokens, which "
+                "hold the video; only what stands behind the video may change."
+            )
+        behind = self.cache.get_seq_length() - known
+        if behind > 0:
+            self.cache.crop(-behind)
+        if self.prompt.rope_deltas is not None:
+            self.base.rope_deltas = self.prompt.rope_deltas
+        return {
+            "input_ids": ids_1L,
+            "attention_mask": torch.ones_like(ids_1L),
+            "past_key_values": self.cache,
+        }
+
     # -- running --------------------------------------------------------------------------------
 
     def run(self) -> Cache:
@@ -204,8 +233,7 @@ class OverlappedPrefill:
         """Let all workers go, and wait for them."""
         for channel in self._channels:
             channel.close()
-        # A generator belongs to its thread, which closes it; what decodes can be told from here.
-        if not isinstance(self.chunks, Iterator) or not hasattr(self.chunks, "gi_frame"):
+        if not hasattr(self.chunks, "gi_frame"):  # a generator is closed by its own thread
             getattr(self.chunks, "close", lambda: None)()
         for thread in self._threads:
             thread.join(self.timeout)

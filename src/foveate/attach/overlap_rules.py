@@ -5,7 +5,7 @@ The whole question stands behind the video, so while a chunk is read nobody know
 
 from __future__ import annotations
 
-from foveate.core import Method, Recipe
+from foveate.core import Method, Recipe, Stage
 from foveate.core.method import overrides
 from foveate.errors import AttachmentError
 
@@ -26,7 +26,7 @@ def chunk_recipe(recipe: Recipe | None) -> tuple[Recipe | None, list[str]]:
         return None, []
     notes: list[str] = []
     for step in recipe:
-        acting = set(step.stages) - {"frames"}
+        acting: set[Stage] = set(step.stages) - {"frames"}
         if reason := _refused(step.method, acting):
             raise AttachmentError(
                 f"{step.method.name} cannot act on a video that is read chunk by chunk: {reason}. "
@@ -42,7 +42,7 @@ def chunk_recipe(recipe: Recipe | None) -> tuple[Recipe | None, list[str]]:
     return (Recipe(steps, recipe.positions) if steps else None), notes
 
 
-def _refused(method: Method, acting: set[str]) -> str:
+def _refused(method: Method, acting: set[Stage]) -> str:
     needs = [n for need in method.needs for n in ((need,) if isinstance(need, str) else need)]
     text = [name for name in needs if name.startswith(("text.", "paired."))]
     if "decoder" in acting:

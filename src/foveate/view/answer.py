@@ -16,17 +16,18 @@ from torch import nn
 
 from foveate.attach import reduce
 from foveate.attach.frame_choice import plan_frames
-from foveate.checkpoints import AskingScorer, prepare
+from foveate.checkpoints import own_scorer, prepare
 from foveate.checkpoints.processors import sees_whole_frames
-from foveate.core import FramePlan, Method, Recipe, Report
+from foveate.core import Budget, FramePlan, Method, Recipe, Report
 from foveate.core.timeline import Timeline
-from foveate.errors import DamagedVideoWarning, UnsupportedModelError
+from foveate.errors import DamagedVideoWarning
 from foveate.models.companion import Companion
 from foveate.models.registry import adapter_for
 from foveate.models.scorer import Scorer
 from foveate.video import Clip, Frames
 from foveate.video.sampling import sample_ranks
-from foveate.view.decoding import decode_chunks, join_frames
+from foveate.view.decoding import DecodedChunks, join_frames
+from foveate.view.overlap import CHUNK, Prefill, can_overlap, open_prefill
 from foveate.view.sources import picture_sized
 from foveate.view.timing import (
     Progress,
@@ -47,7 +48,8 @@ class Answer:
         report: the account of the reduction; empty when nothing was reduced.
         prompt_tokens: tokens of the prompt before reduction, text included.
         new_tokens: tokens of the answer.
-        first_token: seconds from the start of generation to the first token (encoder included).
+        first_token: seconds from the start of generation to the first token (encoder included; with
+            `overlap`, from the start of decoding).
         total: seconds of the whole generation.
         peak_memory: most bytes in use: of the GPU's memory in this call; on CPU of the process,
             over its whole life; None where the system does not tell.
@@ -64,6 +66,11 @@ class Answer:
     timeline: Timeline = field(default_factory=Timeline)
 
     @property
+    def file_to_first_token(self) -> float:
+        """Seconds from the call to the first token: choosing, decoding, encoding, prefill."""
+        return max((s.stop for s in self.timeline.spans if s.stage == "prefill"), default=0.0)
+
+    @property
     def tokens_per_second(self) -> float:
         """Speed of decoding after the first token; 0 when there was only one."""
         spent = self.total - self.first_token
@@ -76,6 +83,7 @@ class Answer:
             "prompt_tokens": self.prompt_tokens,
             "new_tokens": self.new_tokens,
             "seconds_to_first_token": self.first_token,
+            "seconds_from_file_to_first_token": self.file_to_first_token,
             "seconds": self.total,
             "tokens_per_second": self.tokens_per_second,
             "peak_memory_bytes": self.peak_memory,
@@ -99,6 +107,8 @@ def ask(
     companion: Companion | None = None,
     scorer: Scorer | None = None,
     progress: Progress | None = None,
+    overlap: bool | None = None,
+    chunk: int = CHUNK,
     **arguments: Any,
 ) -> Answer:
     """Ask a model about a clip or picture, with or without a recipe on it.
@@ -117,10 +127,16 @@ def ask(
         on_text: called with each piece of the answer as it comes.
         companion: as in `foveate.reduce`.
         scorer: as in `foveate.choose_frames`; default: the companion, else the model itself is
-            asked of each frame (`foveate.AskingScorer`).
+            asked of each frame (`foveate.AskingScorer`, or, where it reads no letters,
+            `foveate.AnsweringScorer`).
         progress: called with a stage ("choose", "decode", "encode", "prefill", "answer"), how much
             of it is done and how much there is: frames, frames, frames, tokens of the prompt,
             tokens of the answer (of which there may be fewer).
+        overlap: decode and encode chunks of the clip while the language model reads earlier ones
+            (see docs/overlap.md); None: where `source` is still to be decoded, there are at least
+            two chunks, and family and recipe allow it with the same answer but for rounding (or,
+            for "quickvideo", the answer of the published system).
+        chunk: frames of such a chunk, and QuickVideo's group.
         arguments: hyper-parameters of the recipe's methods.
 
     Returns:
@@ -138,9 +154,8 @@ def ask(
     made = None if recipe is None else Recipe.of(recipe, **arguments)
     budget = {"retain": retain, "tokens": tokens}
     timeline, tell = Timeline(), progress or no_progress
-    if isinstance(source, Frames):
-        taken = source
-    else:
+    taken = source if isinstance(source, Frames) else None
+    if taken is None:
         clip = Clip.open(source)
         index, plan = _chosen(
             clip,
@@ -154,11 +169,29 @@ def ask(
             timeline,
             tell,
         )
-        clip._checked_size(None, len(index))  # All of them lie in memory at once.
-        with warnings.catch_warnings():
-            # Damage is recorded with the frames.
-            warnings.simplefilter("ignore", DamagedVideoWarning)
-            taken = join_frames(decode_chunks(clip, index, timeline, tell), len(index), plan)
+        if overlap is None:
+            overlap = companion is None and can_overlap(model, processor, made, len(index), chunk)
+        if overlap:
+            read = open_prefill(
+                model,
+                processor,
+                clip,
+                index,
+                question,
+                made,
+                Budget(retain, tokens),
+                plan=plan,
+                chunk=chunk,
+                progress=tell,
+                timeline=timeline,
+            )
+            return _after_prefill(read, processor, max_new_tokens, on_text, tell)
+        taken = _decoded(clip, index, plan, timeline, tell)
+    elif overlap:
+        raise ValueError(
+            "overlap=True decodes while the model reads, and these frames are decoded already: "
+            "give the file or clip instead, with frames=."
+        )
     with timeline.span("encode"):
         inputs = _prepared(model, processor, taken, question)
     with ExitStack() as stack:
@@ -184,6 +217,39 @@ def ask(
     return answer
 
 
+def _after_prefill(
+    read: Prefill,
+    processor: Any,
+    max_new_tokens: int,
+    on_text: Callable[[str], None] | None,
+    tell: Progress,
+) -> Answer:
+    """Read a clip chunk by chunk, and answer."""
+    with read:
+        begin = read.timeline.now()
+        inputs = read.run().inputs
+        model = read.engine.model
+        answer = _generate(
+            model, processor, inputs, max_new_tokens, on_text, read.timeline, tell, begin
+        )
+    report = answer.report = read.report
+    if not sees_whole_frames(processor):
+        for item in report.items:
+            item.pixels = None
+    return answer
+
+
+def _decoded(
+    clip: Clip, index: list[int], plan: FramePlan | None, timeline: Timeline, tell: Progress
+) -> Frames:
+    """All chosen frames, decoded one chunk after another."""
+    clip._checked_size(None, len(index))  # All of them lie in memory at once.
+    with warnings.catch_warnings(), DecodedChunks(clip, index, timeline, tell) as chunks:
+        # Damage is recorded with the frames.
+        warnings.simplefilter("ignore", DamagedVideoWarning)
+        return join_frames(chunks, len(index), plan)
+
+
 def _chosen(
     clip: Clip,
     recipe: Recipe | None,
@@ -206,7 +272,7 @@ def _chosen(
             recipe,
             question,
             frames,
-            scorer=scorer or _asking(model, processor),
+            scorer=scorer or own_scorer(model, processor),
             tokens_per_frame=tokens and _tokens_per_frame(model, processor, clip, frames),
             progress=lambda done, total: tell("choose", done, total),
             **budget,
@@ -222,15 +288,6 @@ def _prepared(
     inputs.pop("batch_num_images", None)
     parameter = next(model.parameters())
     return {k: _placed(v, parameter) for k, v in inputs.items() if isinstance(v, torch.Tensor)}
-
-
-def _asking(model: nn.Module, processor: Any) -> Scorer | None:
-    """The model as its own scorer, if it can be asked."""
-    kind = "video" if getattr(processor, "image_token", None) is None else "image"
-    try:
-        return AskingScorer(model, processor, kind=kind)
-    except UnsupportedModelError:
-        return None
 
 
 def _tokens_per_frame(model: nn.Module, processor: Any, clip: Clip, frames: int) -> float:
@@ -257,6 +314,7 @@ def _generate(
     on_text: Callable[[str], None] | None,
     timeline: Timeline,
     tell: Progress,
+    begin: float | None = None,
 ) -> Answer:
     device = inputs["input_ids"].device
     prompt = inputs["input_ids"].shape[1]
@@ -269,7 +327,8 @@ def _generate(
         tell("answer", number, max_new_tokens)
 
     clock = make_clock(processor.tokenizer, timeline, on_text, on_token)
-    begin = timeline.now()
+    start = timeline.now()
+    begin = start if begin is None else begin
     with torch.inference_mode():
         ids = model.generate(
             **inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=clock
@@ -277,8 +336,8 @@ def _generate(
     settle(device)
     end = timeline.now()
     first = end if clock.first is None else clock.first
-    encoded = max((s.stop for s in timeline.spans if s.stage == "encode"), default=begin)
-    timeline.add("prefill", max(begin, encoded), first)
+    encoded = max((s.stop for s in timeline.spans if s.stage == "encode"), default=start)
+    timeline.add("prefill", max(start, encoded), first)
     timeline.add("answer", first, end)
     return Answer(
         processor.tokenizer.decode(ids[0, prompt:], skip_special_tokens=True).strip(),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from types import TracebackType
 
 import torch
 from torch import Tensor
@@ -20,14 +21,7 @@ from foveate.view.timing import Progress
 DECODE_CHUNK = 32
 
 
-def decode_chunks(
-    clip: Clip,
-    index: Sequence[int],
-    timeline: Timeline,
-    progress: Progress,
-    chunk: int = DECODE_CHUNK,
-    ahead: int = 1,
-) -> Iterator[Frames]:
+class DecodedChunks(Iterator[Frames]):
     """Frames of a clip a chunk at a time; what was waited for is noted as the stage "decode".
 
     Decoding runs ahead in the background, so that a chunk which was ready takes no time here.
@@ -38,20 +32,54 @@ def decode_chunks(
         timeline: gets a span per chunk.
         progress: told ("decode", frames so far, frames in all).
         chunk: frames per chunk.
-        ahead: chunks that may wait for the caller.
+        ahead: chunks that may wait for the caller, beside the one in the making.
+
+    Attributes:
+        damage: what was lost so far.
 
     Raises:
         VideoError: the clip cannot be read.
     """
-    total, done, part = len(index), 0, 0
-    progress("decode", 0, total)
-    with clip.stream(index=index, chunk=min(chunk, total), ahead=ahead) as stream:
-        while done < total:
-            with timeline.span("decode", part if total > chunk else -1):
-                frames = next(stream)
-            done, part = done + len(frames), part + 1
-            progress("decode", done, total)
-            yield frames
+
+    def __init__(
+        self,
+        clip: Clip,
+        index: Sequence[int],
+        timeline: Timeline,
+        progress: Progress,
+        chunk: int = DECODE_CHUNK,
+        ahead: int = 1,
+    ) -> None:
+        self.total, self.done, self.part = len(index), 0, 0
+        self.timeline, self.progress, self.chunk = timeline, progress, chunk
+        self.damage = Damage(0)
+        self._stream = clip.stream(index=index, chunk=min(chunk, self.total), ahead=ahead)
+        progress("decode", 0, self.total)
+
+    def __next__(self) -> Frames:
+        if self.done >= self.total:
+            raise StopIteration
+        with self.timeline.span("decode", self.part if self.total > self.chunk else -1):
+            frames = next(self._stream)
+        self.done, self.part = self.done + len(frames), self.part + 1
+        self.damage = join_damage([self.damage, frames.damage])
+        self.progress("decode", self.done, self.total)
+        return frames
+
+    def close(self) -> None:
+        """Stop decoding and let go of the file; may be called from another thread."""
+        self._stream.close()
+
+    def __enter__(self) -> DecodedChunks:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
 
 
 def join_frames(chunks: Iterable[Frames], total: int, plan: FramePlan | None = None) -> Frames:
