@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from foveate.models.registry import list_families, register_adapter
     from foveate.models.scorer import Scorer
     from foveate.video import Clip, Live
+    from foveate.view.answer import ask
+    from foveate.view.overlap import prefill
     from foveate.view.streaming import Stream
 
 __version__ = "0.1.0"
@@ -55,11 +57,13 @@ _LAZY = {
     "Scorer": "foveate.models.scorer",
     "Stream": "foveate.view.streaming",
     "Tokens": "foveate.core",
+    "ask": "foveate.view.answer",
     "choose_frames": "foveate.attach",
     "embedded": "foveate.checkpoints",
     "get_method": "foveate.core",
     "list_families": "foveate.models.registry",
     "list_methods": "foveate.core",
+    "prefill": "foveate.view.overlap",
     "reduce": "foveate.attach",
     "register_adapter": "foveate.models.registry",
     "register_method": "foveate.core",
@@ -83,11 +87,13 @@ __all__ = [
     "Stream",
     "Tokens",
     "__version__",
+    "ask",
     "choose_frames",
     "embedded",
     "get_method",
     "list_families",
     "list_methods",
+    "prefill",
     "reduce",
     "register_adapter",
     "register_method",
