@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from foveate.attach import Attachment, choose_frames, reduce
-    from foveate.checkpoints import AskingScorer, embedded
+    from foveate.checkpoints import AnsweringScorer, AskingScorer, embedded
     from foveate.core import (
         Budget,
         Card,
@@ -41,6 +41,7 @@ __version__ = "0.1.0"
 
 # Resolved at first use: `import foveate` loads neither torch nor transformers.
 _LAZY = {
+    "AnsweringScorer": "foveate.checkpoints",
     "AskingScorer": "foveate.checkpoints",
     "Attachment": "foveate.attach",
     "Budget": "foveate.core",
@@ -70,6 +71,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "AnsweringScorer",
     "AskingScorer",
     "Attachment",
     "Budget",

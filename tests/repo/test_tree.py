@@ -150,6 +150,7 @@ def test_public_api_is_frozen() -> None:
     import foveate
 
     assert sorted(foveate.__all__) == [
+        "AnsweringScorer",
         "AskingScorer",
         "Attachment",
         "Budget",

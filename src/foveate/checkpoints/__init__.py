@@ -1,5 +1,6 @@
 """Checkpoints by name: models, their processors, the inputs they take, and the embedded one."""
 
+from foveate.checkpoints.answering import AnsweringScorer, own_scorer
 from foveate.checkpoints.asking import AskingScorer
 from foveate.checkpoints.chats import Chat, prepare, prepare_chats, read_chat
 from foveate.checkpoints.loading import EMBEDDED, embedded, embedded_folder, load_model
@@ -9,6 +10,7 @@ from foveate.checkpoints.streaming import frame_inputs, prompt_around
 
 __all__ = [
     "EMBEDDED",
+    "AnsweringScorer",
     "AskingScorer",
     "Chat",
     "embedded",
@@ -18,6 +20,7 @@ __all__ = [
     "load_model",
     "load_processor",
     "open_clip",
+    "own_scorer",
     "prepare",
     "prepare_chats",
     "prompt_around",

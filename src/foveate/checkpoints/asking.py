@@ -84,7 +84,7 @@ class AskingScorer:
     def generate(self, text: str, max_new_tokens: int = 256) -> str:
         """What the model says to a text without pictures, greedily."""
         turns = [{"role": "user", "content": [{"type": "text", "text": text}]}]
-        inputs = self._inputs([Chat(turns)])
+        inputs = model_inputs(self.model, self.processor, [Chat(turns)])
         inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         with warnings.catch_warnings():
             # A checkpoint's own sampling settings do not matter here.
@@ -101,9 +101,8 @@ class AskingScorer:
         return self._prompts[question]
 
     def _asked(self, pixels_n3hw: Tensor, text: str) -> Tensor:
-        inputs = self._inputs(
-            [self._chat(pixels_13hw, text) for pixels_13hw in pixels_n3hw[:, None]]
-        )
+        chats = [self._chat(pixels_13hw, text) for pixels_13hw in pixels_n3hw[:, None]]
+        inputs = model_inputs(self.model, self.processor, chats)
         logits_nV = self.model(**inputs, use_cache=False).logits[:, -1].float()
         if self.normalise:
             return logits_nV[:, self._answers].softmax(-1)[:, 0].cpu()
@@ -121,14 +120,16 @@ class AskingScorer:
             chat.videos.append(Frames(pixels_13hw, seconds, torch.zeros(1, dtype=torch.int64)))
         return chat
 
-    def _inputs(self, chats: Sequence[Chat]) -> dict[str, Tensor]:
-        like = next(self.model.parameters())
-        inputs = prepare_chats(self.processor, chats)
-        inputs.pop("batch_num_images", None)
-        return {
-            name: value.to(like.device, like.dtype if value.is_floating_point() else value.dtype)
-            for name, value in inputs.items()
-        }
+
+def model_inputs(model: nn.Module, processor: Any, chats: Sequence[Chat]) -> dict[str, Tensor]:
+    """Inputs for chats of one layout, on the model's device and in its dtype."""
+    like = next(model.parameters())
+    inputs = prepare_chats(processor, chats)
+    inputs.pop("batch_num_images", None)
+    return {
+        name: value.to(like.device, like.dtype if value.is_floating_point() else value.dtype)
+        for name, value in inputs.items()
+    }
 
 
 def _token(tokenizer: Any, answer: str) -> int:
@@ -136,6 +137,6 @@ def _token(tokenizer: Any, answer: str) -> int:
     if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
         raise UnsupportedModelError(
             f"The tokenizer has no token {answer!r}, so the model cannot be asked for a letter; "
-            "use a foveate.Companion, or another model as the scorer."
+            "use foveate.AnsweringScorer, a foveate.Companion, or another model as the scorer."
         )
     return int(ids[0])
