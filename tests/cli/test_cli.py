@@ -116,8 +116,8 @@ def test_the_options_are_frozen() -> None:
         ],
         "bench": [
             *("--batch", "--clips", "--device", "--dtype", "--frames", "--json"),
-            *("--max-new-tokens", "--model", "--out", "--recipes", "--repeats", "--retain"),
-            *("--retry-failed", "--seed", "--suite", "--tasks", "-m", "-o", "-r"),
+            *("--max-new-tokens", "--minutes", "--model", "--out", "--recipes", "--repeats"),
+            *("--retain", "--retry-failed", "--seed", "--suite", "--tasks", "-m", "-o", "-r"),
         ],
         "train": [],
         "train embedded": [

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from foveate.bench.cells import Cell
+    from foveate.bench.long_suite import LongWorldSuite
     from foveate.bench.matching import is_correct
     from foveate.bench.report import write_report
     from foveate.bench.results import BenchResult, read_result
@@ -30,6 +31,7 @@ _LAZY = {
     "FolderSuite": "foveate.bench.suite",
     "Interval": "foveate.bench.stats",
     "Item": "foveate.bench.suite",
+    "LongWorldSuite": "foveate.bench.long_suite",
     "Suite": "foveate.bench.suite",
     "TuneResult": "foveate.bench.tune_store",
     "WorldSuite": "foveate.bench.suite",
@@ -50,6 +52,7 @@ __all__ = [
     "FolderSuite",
     "Interval",
     "Item",
+    "LongWorldSuite",
     "Suite",
     "TuneResult",
     "WorldSuite",

@@ -156,6 +156,12 @@ class Cell:
         return self.first_token / base if self.first_token is not None and base else None
 
     @property
+    def stage_seconds(self) -> dict[str, float]:
+        """Median seconds per question by stage, from the file to the answer; empty in old runs."""
+        found = self.figures.get("stage_seconds")
+        return found if isinstance(found, dict) else {}
+
+    @property
     def visual_per_layer(self) -> float | None:
         """Visual tokens in a layer of the language model, mean over layers and questions.
 

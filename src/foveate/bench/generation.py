@@ -13,7 +13,7 @@ from foveate.attach import Attachment, reduce
 from foveate.bench.inputs import Prompt, Prompts
 from foveate.bench.model import language_adapter
 from foveate.bench.sharing import SharedEncoder
-from foveate.core import Report
+from foveate.core import FramePlan, Report
 from foveate.core.flops import prefill_flops
 from foveate.errors import FoveateError
 from foveate.models.dims import text_dims
@@ -54,8 +54,10 @@ class Generator:
     def answer(self, batch: Sequence[Prompt], run: Attachment | None, tally: Tally) -> list[str]:
         """Replies to a batch; it is halved until it fits into the memory of a GPU."""
         inputs = self.prompts.collate(batch)
+        if run is not None:
+            run.plans = plans_of(batch)
         try:
-            with self.shared.over([prompt.item.clip_id for prompt in batch]):
+            with self.shared.over([prompt.visual_key for prompt in batch]):
                 ids = self.generate(inputs, self.max_new_tokens)
         except torch.cuda.OutOfMemoryError:
             if len(batch) == 1:
@@ -75,6 +77,12 @@ class Generator:
         end = next((i for i, token in enumerate(ids) if token in self.ends), len(ids))
         decode = self.prompts.processor.tokenizer.decode
         return decode(ids[:end], skip_special_tokens=True).strip()
+
+
+def plans_of(batch: Sequence[Prompt]) -> list[FramePlan | None]:
+    """Why these frames were chosen, one entry per question; empty where nobody chose."""
+    plans = [prompt.plan for prompt in batch]
+    return plans if any(plan is not None for plan in plans) else []
 
 
 class UntouchedCosts:

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from foveate.attach import Attachment
 from foveate.bench.generation import Generator
+from foveate.core import FramePlan
 
 #: Tokens that a timed call is made to write.
 NEW_TOKENS = 16
@@ -55,6 +56,7 @@ def measure_times(
     attach: Attach | None,
     untouched: Attach,
     repeats: int,
+    chosen: Sequence[tuple[Mapping[str, torch.Tensor], FramePlan | None]] | None = None,
 ) -> dict[str, Any]:
     """Times of one cell: after a warm-up, `repeats` turns over all questions.
 
@@ -67,6 +69,8 @@ def measure_times(
         attach: puts the recipe on the model; None for the untouched model itself.
         untouched: a context that puts nothing on it.
         repeats: turns; 0 measures nothing.
+        chosen: the same questions with the frames that the recipe chose, and why; None: the same
+            inputs. Choosing is not part of these times, see `foveate.bench.stage_times`.
 
     Returns:
         "first_token" and "first_token_untouched" {"median", "low", "high", "repeats"}: seconds, a
@@ -83,14 +87,18 @@ def measure_times(
     if repeats < 1:
         return result
     watch, variants = Stopwatch(generator), [untouched, *([attach] if attach else [])]
+    same = [(one, None) for one in inputs]
+    shown = [same, same if chosen is None else chosen]
     turns: list[list[float]] = [[] for _ in variants]
     speeds: list[list[float]] = [[] for _ in variants]
     overhead: dict[str, list[float]] = {}
     for turn in range(repeats + 1):
         for variant, enter in enumerate(variants):
             firsts = []
-            for one in inputs:
+            for one, plan in shown[variant]:
                 with enter() as run:
+                    if run is not None and plan is not None:
+                        run.plans = [plan]
                     first, speed = watch.measure(one, NEW_TOKENS)
                 firsts.append(first)
                 if turn == 0:  # the first turn warms caches up

@@ -6,11 +6,14 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from foveate.bench.even_frames import EvenFrames
 from foveate.bench.store import UNTOUCHED, Key
 from foveate.core import Budget, Recipe, get_method, list_methods
 
 #: What every recipe has to beat at the same budget.
-BASELINES = ("random", "uniform", "pool")
+BASELINES = ("random", "uniform", "pool", "even_frames")
+#: Of these the last takes fewer frames; it runs where a recipe of the run chooses frames, too.
+_OF_FRAMES = BASELINES[3:]
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,8 @@ def plan_cells(
         recipes: recipes, or a text as in `split_recipes`; "all" is every registered method that
             reduces and needs no arguments.
         retain: fractions of visual tokens kept, in (0, 1].
-        baselines: add random, uniform and pool where they are not named.
+        baselines: add random, uniform and pool where they are not named, and even_frames where a
+            recipe chooses frames.
 
     Raises:
         UnknownMethodError: a recipe names a method that does not exist.
@@ -54,18 +58,29 @@ def plan_cells(
     if not parts:
         raise ValueError('name at least one recipe, for example "holitom", or all.')
     named: dict[str, Recipe] = {}
-    for part in [*parts, *(BASELINES if baselines else ())]:
-        for made in _all_methods() if part == "all" else [Recipe.of(part)]:
-            for budget in budgets:
-                made.budgets(Budget(retain=budget))
-            name = str(made)
-            if made.positions != "auto":
-                name += f" ({made.positions} positions)"
-            named.setdefault(name, made)
+    made = [recipe for part in parts for recipe in _made(part)]
+    if baselines:
+        chosen = any(recipe.at("frames") for recipe in made)
+        names = BASELINES if chosen else [n for n in BASELINES if n not in _OF_FRAMES]
+        made += [recipe for name in names for recipe in _made(name)]
+    for recipe in made:
+        for budget in budgets:
+            recipe.budgets(Budget(retain=budget))
+        name = str(recipe)
+        if recipe.positions != "auto":
+            name += f" ({recipe.positions} positions)"
+        named.setdefault(name, recipe)
     cells = [PlannedCell(UNTOUCHED, None, 1.0)]
     return cells + [
         PlannedCell(name, made, float(budget)) for name, made in named.items() for budget in budgets
     ]
+
+
+def _made(part: str | Recipe) -> list[Recipe]:
+    """The recipes that a name, a text or a recipe stands for."""
+    if part == "all":
+        return _all_methods()
+    return [Recipe.of(EvenFrames() if part == EvenFrames.card.name else part)]
 
 
 def split_recipes(text: str) -> list[str]:

@@ -23,6 +23,7 @@ from foveate.bench.report_plots import (
     styles_of,
     stylesheet,
 )
+from foveate.bench.report_stages import stage_bars
 from foveate.bench.results import BenchResult, read_result
 from foveate.bench.store import UNTOUCHED
 from foveate.core._files import write_text
@@ -36,12 +37,15 @@ _LEADS = {
     "the decoder still pays for the encoder and the first layers; here each stands at its cost.",
     "tasks": "Percent right over percent of the tokens kept; all charts share their axes.",
     "ranking": "Dot and bar: accuracy and its interval; line and band: untouched; dashed: the "
-    "best of random, uniform and pool. Differences are paired, question by question, in points; "
+    "best of the baselines. Differences are paired, question by question, in points; "
     "those in grey may be chance.",
     "losses": "Of the questions that the untouched model answers right, how many percent each "
     "recipe gets wrong.",
     "costs": "Means per question; the time to the first token is a median with its range. "
     "Overhead is the time inside the recipe's own modules and part of that time.",
+    "stages": "Median per question, from a clip that is opened anew to the end of the answer: "
+    "choosing frames (all that a scorer looks at included), decoding them, preprocessing and the "
+    "vision tower, the language model up to its first token, and the rest.",
 }
 _HOW = (
     (
@@ -56,9 +60,10 @@ _HOW = (
     ),
     (
         "baselines",
-        "random drops tokens by lot, uniform keeps every n-th, pool averages neighbours. A recipe "
-        "below one of them at the same budget does not earn its effort on this suite. The best of "
-        "the three is chosen by the same answers, which favours it a little.",
+        "random drops tokens by lot, uniform keeps every n-th, pool averages neighbours; "
+        "even_frames takes fewer frames, where a recipe chooses them. A recipe below one of them "
+        "at the same budget does not earn its effort on this suite. The best of them is chosen by "
+        "the same answers, which favours it a little.",
     ),
     (
         "excludes 0",
@@ -233,6 +238,7 @@ def _body(results: BenchResult, styles: dict[str, Style]) -> str:
         ("Ranking", tables.ranking(results, styles), "ranking"),
         ("What is lost", tables.losses(results, styles), "losses"),
         ("Costs", tables.costs(results, styles), "costs"),
+        ("Time by stage", stage_bars(results, styles), "stages"),
     )
     how = "".join(f"<dt>{name}</dt><dd>{escape(said)}</dd>" for name, said in _HOW)
     return (

@@ -50,7 +50,7 @@ class Style:
 
     Args:
         number: of its classes "s3" and its checkbox "pick3".
-        colour: class "c0" to "c7" for recipes, "b0" to "b2" for baselines.
+        colour: class "c0" to "c7" for recipes, "b0" to "b3" for baselines.
         shape: of its marks.
         leads: whether it is drawn at full strength.
     """

@@ -12,6 +12,7 @@ from foveate.bench.report_tables import nearest, ratio
 from foveate.bench.results import BenchResult, Standing
 from foveate.bench.stats import Interval
 from foveate.bench.store import UNTOUCHED
+from foveate.core.timeline import TIMED_STAGES
 
 
 def render_markdown(results: BenchResult) -> str:
@@ -21,6 +22,7 @@ def render_markdown(results: BenchResult) -> str:
     if shown is not None:
         parts.append(_overall(results, shown))
         parts.append(by_task(results, shown))
+        parts.append(stage_table(results, shown))
     for name, where, why in results.failures:
         at = ", ".join(map(text.budget, where))
         parts.append(f"`{cell_text(name)}` could not run at {at}: {cell_text(why)}")
@@ -77,6 +79,33 @@ def by_task(results: BenchResult, shown: float) -> str:
     return f"Accuracy in % by task, {text.budget(shown)} of the visual tokens kept.\n\n" + table(
         ["recipe", *results.tasks], rows
     )
+
+
+def stage_table(results: BenchResult, shown: float) -> str:
+    """Where the time of a question goes at one budget; "" where no cell was timed by stage."""
+    cells = [results.cell(name, shown) for name in ordered(results, shown)]
+    timed = [cell for cell in [results.untouched, *cells] if cell and cell.stage_seconds]
+    if not timed:
+        return ""
+    rows = [
+        [UNTOUCHED if cell.recipe == UNTOUCHED else shown_name(cell.recipe), *stage_figures(cell)]
+        for cell in timed
+    ]
+    return (
+        f"Time per question by stage, {text.budget(shown)} of the visual tokens kept: median over "
+        "the timed questions, each with a clip that was opened anew.\n\n"
+        + table(["recipe", "sum", *TIMED_STAGES], rows)
+    )
+
+
+def stage_figures(cell: Cell) -> list[str]:
+    """The sum and every stage, in one unit."""
+    seconds = cell.stage_seconds
+    whole = sum(seconds.values())
+    return [text.duration(whole)] + [
+        text.duration(seconds[stage], whole) if seconds.get(stage) else text.DASH
+        for stage in TIMED_STAGES
+    ]
 
 
 def ordered(results: BenchResult, shown: float) -> list[str]:

@@ -40,7 +40,9 @@ def styles_of(results: BenchResult) -> dict[str, Style]:
         shape = (number + number // LEADERS) % 4
         leads = number < LEADERS or len(results.methods) <= LEADERS + 2
         styles[name] = Style(number, f"c{number % LEADERS}", shape, leads)
-    for place, name in enumerate(BASELINES):
+    present = [name for name in BASELINES if name in results.recipes]
+    for name in present:
+        place = BASELINES.index(name)
         styles[name] = Style(len(results.methods) + place, f"b{place}", place, True)
     return styles
 

@@ -21,12 +21,12 @@ _LEFT = ' class="left"'
 
 def ranking(results: BenchResult, styles: Styles) -> str:
     """Recipes at each budget with what separates them from the untouched model and baselines."""
-    return _per_budget(results, "rank", lambda budget: _ranking_at(results, styles, budget))
+    return per_budget(results, "rank", lambda budget: _ranking_at(results, styles, budget))
 
 
 def costs(results: BenchResult, styles: Styles) -> str:
     """Tokens, FLOPs, times and memory at each budget."""
-    return _per_budget(results, "cost", lambda budget: _costs_at(results, styles, budget))
+    return per_budget(results, "cost", lambda budget: _costs_at(results, styles, budget))
 
 
 def losses(results: BenchResult, styles: Styles) -> str:
@@ -34,7 +34,7 @@ def losses(results: BenchResult, styles: Styles) -> str:
     untouched = results.untouched
     if untouched is None or not any(a.correct for a in untouched.answers.values()):
         return ""
-    return _per_budget(results, "loss", lambda budget: _losses_at(results, styles, budget))
+    return per_budget(results, "loss", lambda budget: _losses_at(results, styles, budget))
 
 
 def failures(results: BenchResult) -> str:
@@ -47,7 +47,7 @@ def failures(results: BenchResult) -> str:
     )
     if not rows:
         return ""
-    return _table(_heads("<recipe", "<budgets", "<reason"), rows)
+    return html_table(heads("<recipe", "<budgets", "<reason"), rows)
 
 
 def left_out(results: BenchResult, most: int = 20) -> str:
@@ -82,23 +82,23 @@ def _ranking_at(results: BenchResult, styles: Styles, budget: float) -> str:
     rows = []
     if untouched:
         rows.append(
-            f'<tr class="base"><td></td>{_who(UNTOUCHED, None)}<td>{bar(untouched, None)}</td>'
+            f'<tr class="base"><td></td>{who(UNTOUCHED, None)}<td>{bar(untouched, None)}</td>'
             f"{_accuracy(untouched)}<td></td><td></td><td></td></tr>"
         )
     for place, row in enumerate(standings, 1):
         name = row.cell.recipe
         rows.append(
-            f'<tr class="s{styles[name].number}"><td>{place}</td>{_who(name, styles[name])}'
+            f'<tr class="s{styles[name].number}"><td>{place}</td>{who(name, styles[name])}'
             f"<td>{bar(row.accuracy, styles[name])}</td>{_accuracy(row.accuracy)}"
             f"{_difference(row.cell.difference)}{_difference(row.to_baseline)}"
             f'<td class="left">{_verdict(row)}</td></tr>'
         )
     scale = "".join(f"<span>{text.percent(bound, 0)} %</span>" for bound in bounds)
-    heads = (
-        f'{_heads("#", "<recipe")}<th scope="col"><span class="ends">{scale}</span></th>'
-        f"{_heads('accuracy %', 'against untouched', f'against {best}', '<')}"
+    columns = (
+        f'{heads("#", "<recipe")}<th scope="col"><span class="ends">{scale}</span></th>'
+        f"{heads('accuracy %', 'against untouched', f'against {best}', '<')}"
     )
-    return _table(heads, "".join(rows))
+    return html_table(columns, "".join(rows))
 
 
 def _accuracy(interval: Interval) -> str:
@@ -137,7 +137,7 @@ def _costs_at(results: BenchResult, styles: Styles, budget: float) -> str:
     untouched = results.untouched
     cells = ([untouched] if untouched else []) + results.at(budget)
     rows = "".join(_cost_row(cell, styles.get(cell.recipe)) for cell in cells)
-    heads = _heads(
+    columns = heads(
         "<recipe",
         "<tokens by stage",
         "into the LLM",
@@ -149,7 +149,7 @@ def _costs_at(results: BenchResult, styles: Styles, budget: float) -> str:
         "peak memory",
         "<overhead",
     )
-    return _table(heads, rows)
+    return html_table(columns, rows)
 
 
 def _cost_row(cell: Cell, style: Style | None) -> str:
@@ -166,7 +166,7 @@ def _cost_row(cell: Cell, style: Style | None) -> str:
     rate = data.get("decode_tokens_per_second")
     overhead = data.get("overhead") or {}
     return (
-        f"<tr{number}>{_who(cell.recipe, style)}"
+        f"<tr{number}>{who(cell.recipe, style)}"
         f'<td class="left">{_stages(cell)}</td>'
         f"<td>{text.tokens(data.get('visual_after'))} "
         f"<small>of {text.tokens(data.get('visual_before'))}</small></td>"
@@ -214,9 +214,9 @@ def _losses_at(results: BenchResult, styles: Styles, budget: float) -> str:
     for cell in results.at(budget):
         name = cell.recipe
         shares = "".join(_loss(cell, task) for task in (None, *tasks))
-        rows.append(f'<tr class="s{styles[name].number}">{_who(name, styles[name])}{shares}</tr>')
-    heads = _heads("<recipe", "all", *tasks)
-    return _table(heads, "".join(rows), "heat") + _hardest(results, budget)
+        rows.append(f'<tr class="s{styles[name].number}">{who(name, styles[name])}{shares}</tr>')
+    columns = heads("<recipe", "all", *tasks)
+    return html_table(columns, "".join(rows), "heat") + _hardest(results, budget)
 
 
 def _loss(cell: Cell, task: str | None) -> str:
@@ -243,20 +243,21 @@ def _hardest(results: BenchResult, budget: float) -> str:
         return ""
     return (
         '<p class="more lead">Questions that the untouched model answers and most recipes lose:</p>'
-        + _table(_heads("<question", "<task", "<right answer", "lost by"), rows, "short")
+        + html_table(heads("<question", "<task", "<right answer", "lost by"), rows, "short")
     )
 
 
 # -- helpers --------------------------------------------------------------------------------------
 
 
-def _who(name: str, style: Style | None) -> str:
+def who(name: str, style: Style | None) -> str:
+    """The cell that says which recipe a row is about."""
     sign = mark(style) if style else ""
     shown = escape(name).replace("@", "<wbr/>@")
     return f'<th scope="row"><span class="who">{sign}<span>{shown}</span></span></th>'
 
 
-def _heads(*names: str) -> str:
+def heads(*names: str) -> str:
     """Column heads; a name that starts with "<" stands to the left."""
     return "".join(
         f'<th scope="col"{_LEFT if name.startswith("<") else ""}>'
@@ -265,15 +266,16 @@ def _heads(*names: str) -> str:
     )
 
 
-def _table(heads: str, rows: str, style: str = "") -> str:
+def html_table(columns: str, rows: str, style: str = "") -> str:
+    """A table that scrolls where it is too wide."""
     named = f' class="{style}"' if style else ""
     return (
-        f'<div class="scroll" tabindex="0"><table{named}><thead><tr>{heads}</tr></thead>'
+        f'<div class="scroll" tabindex="0"><table{named}><thead><tr>{columns}</tr></thead>'
         f"<tbody>{rows}</tbody></table></div>"
     )
 
 
-def _per_budget(results: BenchResult, name: str, sheet: Callable[[float], str]) -> str:
+def per_budget(results: BenchResult, name: str, sheet: Callable[[float], str]) -> str:
     """One sheet per budget behind radio buttons, which need no script; all of them in print."""
     budgets: Sequence[float] = results.budgets
     shown = nearest(budgets, 0.1)

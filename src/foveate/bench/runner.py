@@ -8,7 +8,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,18 +20,22 @@ from torch import nn
 
 from foveate import __version__
 from foveate.attach import Attachment, reduce
-from foveate.bench.generation import Generator, Tally, UntouchedCosts
+from foveate.bench.generation import Generator, Tally, UntouchedCosts, plans_of
 from foveate.bench.inputs import CACHE_BYTES, Prompt, Prompts
 from foveate.bench.matching import is_correct
 from foveate.bench.measure import measure_times, peak_memory
-from foveate.bench.model import fingerprint
+from foveate.bench.model import asking_scorer, fingerprint
 from foveate.bench.plan import PlannedCell, plan_cells
 from foveate.bench.results import BenchResult, read_result
+from foveate.bench.stage_times import stage_seconds
 from foveate.bench.store import RunFolder, cell_key
 from foveate.bench.suite import Suite, WorldSuite
 from foveate.checkpoints import EMBEDDED, frame_side, load_model
 from foveate.core import Recipe
 from foveate.core.hardware import hardware
+from foveate.errors import MissingSignalError
+from foveate.models.companion import Companion
+from foveate.models.scorer import Scorer
 
 #: Bytes at each end of a clip that tell it from another one of the same length.
 _ENDS = 64 << 10
@@ -60,6 +64,8 @@ def run_bench(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     baselines: bool = True,
+    scorer: Scorer | None = None,
+    companion: Companion | None = None,
     retry_failed: bool = False,
     cache_bytes: int = CACHE_BYTES,
     progress: Progress = lambda what, done, total: None,
@@ -87,7 +93,11 @@ def run_bench(
         repeats: turns of the time measurement; 0 leaves time out.
         seed: for methods that draw at random.
         device, dtype: of a model given by name; as in `foveate.checkpoints.load_model`.
-        baselines: always add random, uniform and pool.
+        baselines: always add random, uniform and pool, and even_frames where a recipe chooses
+            frames.
+        scorer: tells recipes that choose frames how well they fit the question, as in
+            `foveate.choose_frames`; default: the companion, else the model itself is asked.
+        companion: as in `foveate.reduce`.
         retry_failed: measure cells of an earlier call again that ended in an error.
         cache_bytes: most memory for preprocessed clips, see `Prompts`.
         progress: told what is being done.
@@ -111,6 +121,7 @@ def run_bench(
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}.")
     cells = plan_cells(recipes, retain, baselines)
+    told = scorer or companion
     folder = RunFolder(out)
     if isinstance(model, nn.Module):
         if processor is None:
@@ -128,16 +139,19 @@ def run_bench(
         (suite or WorldSuite(frames=frames, seed=seed)).sized_for(frame_side(processor)),
         frames,
         cache_bytes=cache_bytes,
+        scorer=told or asking_scorer(loaded, processor),
         progress=lambda clips, items: progress(f"read the clips ({clips})", 0, 1),
     )
     max_new_tokens = max_new_tokens or prompts.longest_answer + LEAD_IN
-    settings = {"frames": frames, "seed": seed, "max_new_tokens": max_new_tokens}
+    settings: dict[str, Any] = {"frames": frames, "seed": seed, "max_new_tokens": max_new_tokens}
+    # The model itself goes without saying, and older runs do not say it.
+    settings["scorer"] = None if told is None else scorer_name(told)
     run = {**run_identity(loaded, name, prompts), **settings, "batch": batch}
     with folder:
         planned = [cell.key for cell in cells]
         finished = {cell_key(line) for line in folder.start(run, planned, retry_failed)}
         left = [cell for cell in cells if cell.key not in finished]
-        runner = Runner(loaded, prompts, batch, max_new_tokens, repeats, seed, progress)
+        runner = Runner(loaded, prompts, batch, max_new_tokens, repeats, seed, progress, companion)
         try:
             for number, cell in enumerate(left):
                 progress(f"{cell.name} at {cell.retain:g}", number, len(left))
@@ -156,7 +170,7 @@ class Runner:
     Args:
         model: without an attachment.
         prompts: the questions.
-        batch, max_new_tokens, repeats, seed, progress: as in `run_bench`.
+        batch, max_new_tokens, repeats, seed, progress, companion: as in `run_bench`.
     """
 
     def __init__(
@@ -168,13 +182,13 @@ class Runner:
         repeats: int,
         seed: int,
         progress: Progress,
+        companion: Companion | None = None,
     ) -> None:
         self.model, self.prompts, self.seed = model, prompts, seed
+        self.batch, self.companion = batch, companion
         self.repeats, self.progress = repeats, progress
-        self.batches = prompts.batches(batch)
         self.generator = Generator(model, prompts, max_new_tokens)
         self.costs = UntouchedCosts(self.generator)
-        self._timed: list[dict[str, torch.Tensor]] | None = None
 
     def run(
         self, cell: PlannedCell, place: tuple[int, int] = (0, 1)
@@ -202,7 +216,24 @@ class Runner:
     def _attach(self, cell: PlannedCell) -> AbstractContextManager[Attachment | None]:
         if cell.recipe is None:
             return nullcontext()
-        return reduce(self.model, cell.recipe, retain=cell.retain, seed=self.seed)
+        return reduce(
+            self.model, cell.recipe, retain=cell.retain, seed=self.seed, companion=self.companion
+        )
+
+    def _questions(
+        self, cell: PlannedCell, tell: Callable[[int, int], None]
+    ) -> tuple[list[Prompt], list[str]]:
+        """The questions with the frames that the cell shows, and what must be said about that."""
+        recipe = cell.recipe
+        if recipe is None or not recipe.at("frames"):
+            return self.prompts.prompts, []
+        try:
+            return self.prompts.chosen(recipe, cell.retain, self.seed, tell), []
+        except MissingSignalError:
+            steps = [recipe.steps[index] for index in recipe.at("frames")]
+            if self.prompts.scorer is not None or any(len(step.stages) == 1 for step in steps):
+                raise
+            return self.prompts.prompts, ["no scorer was given: the frames were taken evenly"]
 
     def _run(
         self, cell: PlannedCell, named: dict[str, Any], place: tuple[int, int]
@@ -210,14 +241,19 @@ class Runner:
         begin = time.perf_counter()
         tally, rows = Tally(self.costs), []
         number, total = place
-        for done, batch in enumerate(self.batches):
+        what = f"{cell.name} at {cell.retain:g}"
+
+        def tell(stage: str, done: int, steps: int) -> None:
+            self.progress(stage, number * steps + done, total * steps)
+
+        questions, notes = self._questions(cell, lambda *n: tell(f"{what}: choose frames", *n))
+        batches = self.prompts.batches(self.batch, questions)
+        for done, batch in enumerate(batches, 1):
             # A new attachment per batch costs milliseconds and cannot carry anything over.
             with self._attach(cell) as run:
                 replies = self.generator.answer(batch, run, tally)
             rows += [self._row(named, *pair) for pair in zip(batch, replies, strict=True)]
-            steps = len(self.batches)
-            what = f"{cell.name} at {cell.retain:g}"
-            self.progress(what, number * steps + done + 1, total * steps)
+            tell(what, done, len(batches))
         seconds = time.perf_counter() - begin
         tasks: dict[str, list[int]] = {}
         for row in rows:
@@ -230,7 +266,8 @@ class Runner:
             "correct": sum(row["correct"] for row in rows),
             "tasks": tasks,
             **tally.means(),
-            **self._measure(cell),
+            **self._measure(cell, questions),
+            "notes": notes,
             "error": None,
         }
         return line, rows
@@ -248,28 +285,59 @@ class Runner:
             "correct": is_correct(reply, item.answer, item.options, lettered),
         }
 
-    def _measure(self, cell: PlannedCell) -> dict[str, Any]:
-        timed = self._timed_inputs()
+    def _measure(self, cell: PlannedCell, questions: Sequence[Prompt]) -> dict[str, Any]:
+        plain, mine = (_first_of_clips(some)[:TIMED] for some in (self.prompts.prompts, questions))
+        inputs = [self.prompts.collate([prompt]) for prompt in plain]
+        chosen = None
+        if any(prompt.plan is not None for prompt in mine):
+            chosen = [(self.prompts.collate([prompt]), prompt.plan) for prompt in mine]
         times = measure_times(
             self.generator,
-            timed,
+            inputs,
             None if cell.recipe is None else lambda: self._attach(cell),
             nullcontext,
             self.repeats,
+            chosen,
         )
-        with self._attach(cell):
-            memory = peak_memory(self.model, lambda: self.generator.generate(timed[0], 1))
+        times["stage_seconds"] = stage_seconds(
+            self.generator,
+            [prompt.item for prompt in plain],
+            cell.recipe,
+            cell.retain,
+            lambda: self._attach(cell),
+            self.repeats,
+            seed=self.seed,
+            chooses=chosen is not None,
+        )
+        with self._attach(cell) as run:
+            if run is not None:
+                run.plans = plans_of(mine[:1])
+            first = inputs[0] if chosen is None else chosen[0][0]
+            memory = peak_memory(self.model, lambda: self.generator.generate(first, 1))
         return {**times, "peak_memory": memory}
 
-    def _timed_inputs(self) -> list[dict[str, torch.Tensor]]:
-        """The first questions about the first clips, one by one."""
-        if self._timed is None:
-            first: dict[str, Prompt] = {}
-            for prompt in self.prompts.prompts:
-                first.setdefault(prompt.item.clip_id, prompt)
-            chosen = list(first.values())[:TIMED]
-            self._timed = [self.prompts.collate([prompt]) for prompt in chosen]
-        return self._timed
+
+def _first_of_clips(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The first question about every clip."""
+    first: dict[str, Prompt] = {}
+    for prompt in prompts:
+        first.setdefault(prompt.item.clip_id, prompt)
+    return list(first.values())
+
+
+def scorer_name(scorer: Scorer) -> str:
+    """What tells a scorer from another one: its class, and the weights of its model if it has any.
+
+    Example:
+        >>> class Redness:
+        ...     size, probabilities = (8, 8), True
+        ...     def relevance(self, pixels_T3hw, question):
+        ...         return pixels_T3hw[:, 0].float().mean((1, 2)) / 255
+        >>> scorer_name(Redness())
+        'Redness'
+    """
+    name, model = type(scorer).__name__, getattr(scorer, "model", None)
+    return f"{name}, weights {fingerprint(model)}" if isinstance(model, nn.Module) else name
 
 
 def run_identity(model: nn.Module, name: str, prompts: Prompts) -> dict[str, Any]:

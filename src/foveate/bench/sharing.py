@@ -11,7 +11,7 @@ of them that are different.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,7 +40,7 @@ class SharedEncoder:
         self.towers = list({id(tower): tower for tower in towers.values()}.values())
 
     @contextmanager
-    def over(self, clips: Sequence[str]) -> Iterator[None]:
+    def over(self, clips: Sequence[Hashable]) -> Iterator[None]:
         """While it lasts, rows of questions about the same clip are computed once.
 
         Enter it with the hooks of an attachment in place: a block is shared as a whole where no
@@ -48,9 +48,9 @@ class SharedEncoder:
         the rows of all questions.
 
         Args:
-            clips: the clip of every question of the batch, in order.
+            clips: what tells the clip (and its frames) of every question of the batch, in order.
         """
-        first: dict[str, int] = {}
+        first: dict[Hashable, int] = {}
         for number, clip in enumerate(clips):
             first.setdefault(clip, number)
         if len(first) == len(clips):

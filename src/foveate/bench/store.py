@@ -29,6 +29,7 @@ IDENTITY = {
     "items": "number of questions",
     "questions": "questions",
     "frames": "frames",
+    "scorer": "scorer",
     "seed": "seed",
     "max_new_tokens": "max_new_tokens",
     "device": "device",

@@ -119,7 +119,7 @@ class WorldSuite(Suite):
 
         if clips < 1:
             raise ValueError(f"clips must be at least 1, got {clips}.")
-        chosen = _checked_tasks(tasks, tuple(TASKS))
+        chosen = checked_tasks(tasks, tuple(TASKS))
         self.clips = clips
         self._options: dict[str, Any] = {
             "clips": clips,
@@ -190,7 +190,7 @@ class FolderSuite(Suite):
             raise ValueError(f"clips must be at least 1, got {clips}.")
         file, rows, errors = read_questions(Path(path))
         items = [Item(**row) for row in rows]
-        chosen = _checked_tasks(tasks, list(dict.fromkeys(item.task for item in items)))
+        chosen = checked_tasks(tasks, list(dict.fromkeys(item.task for item in items)))
         if chosen is not None:
             items = [item for item in items if item.task in chosen]
         if clips is not None:
@@ -208,18 +208,41 @@ def open_suite(
     clips: int | None = None,
     frames: int = 16,
     seed: int = 0,
+    minutes: float | None = None,
 ) -> Suite:
-    """The suite that a command line names: "world", a folder or a .jsonl file.
+    """The suite that a command line names: "world", one of long clips, a folder or a .jsonl file.
+
+    Args:
+        name: "world", "world-needle", "world-dense", or a path.
+        tasks: only questions of these tasks.
+        clips: how many; None: 100 of the world, 16 of its long clips, all of a folder.
+        frames: of every clip of the world.
+        seed: of the world.
+        minutes: length of long clips.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: it cannot be read, or minutes are given for another suite.
     """
+    if str(name) in ("world-needle", "world-dense"):
+        from foveate.bench.long_suite import LongWorldSuite
+
+        kind: Any = str(name).removeprefix("world-")
+        return LongWorldSuite(
+            kind, 16 if clips is None else clips, tasks, minutes=minutes, seed=seed
+        )
+    if minutes is not None:
+        raise ValueError(f"minutes are for world-needle and world-dense, not for {name}.")
     if str(name) == "world":
         return WorldSuite(100 if clips is None else clips, tasks, frames=frames, seed=seed)
     return FolderSuite(name, tasks, clips)
 
 
-def _checked_tasks(tasks: Iterable[str] | None, known: Sequence[str]) -> tuple[str, ...] | None:
+def checked_tasks(tasks: Iterable[str] | None, known: Sequence[str]) -> tuple[str, ...] | None:
+    """Tasks that a suite has, each once.
+
+    Raises:
+        ValueError: one of them is unknown, or none is named.
+    """
     if tasks is None:
         return None
     chosen = tuple(dict.fromkeys(tasks))

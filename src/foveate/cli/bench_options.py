@@ -36,7 +36,8 @@ def bench_command(
         str,
         typer.Option(
             "--suite",
-            help='"world": generated clips; or a folder or .jsonl file of your own questions.',
+            help='"world": generated clips; "world-needle", "world-dense": long ones with short '
+            "events; or a folder or .jsonl file of your own questions.",
         ),
     ] = "world",
     tasks: Annotated[
@@ -47,8 +48,16 @@ def bench_command(
         int | None,
         typer.Option(
             "--clips",
-            help="Clips; default: 100 of the world, all of a folder.",
+            help="Clips; default: 100 of the world, 16 of its long ones, all of a folder.",
             min=1,
+            show_default=False,
+        ),
+    ] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            "--minutes",
+            help="Length of long clips; default: 1 of world-needle, 0.1 of world-dense.",
             show_default=False,
         ),
     ] = None,
@@ -90,6 +99,7 @@ def bench_command(
         suite=suite,
         tasks=tasks,
         clips=clips,
+        minutes=minutes,
         frames=frames,
         batch=batch,
         repeats=repeats,

@@ -34,6 +34,7 @@ class Benching:
     suite: str
     tasks: str | None
     clips: int | None
+    minutes: float | None
     frames: int
     batch: int
     repeats: int
@@ -58,7 +59,12 @@ class Benching:
             None if self.tasks is None else [t.strip() for t in self.tasks.split(",") if t.strip()]
         )
         suite = open_suite(
-            self.suite, tasks=tasks, clips=self.clips, frames=self.frames, seed=self.seed
+            self.suite,
+            tasks=tasks,
+            clips=self.clips,
+            frames=self.frames,
+            seed=self.seed,
+            minutes=self.minutes,
         )
         with self._told() as (tell, on_cell):
             result = run_bench(

@@ -97,7 +97,7 @@ def default_encoder_path(
     onnx_path, source = _wheel_source() if onnx_file is None else _file_source(Path(onnx_file))
     source["sha256"] = sha256_of(onnx_path)
     name = f"dinov2-{source['sha256'][:12]}-v{CONVERTER_VERSION}"
-    folder = _cache_root(cache_dir) / "encoders" / name
+    folder = cache_root(cache_dir) / "encoders" / name
     if not refresh and _is_intact(folder, source["sha256"]):
         return folder
 
@@ -111,7 +111,8 @@ def default_encoder_path(
     return folder
 
 
-def _cache_root(cache_dir: str | Path | None) -> Path:
+def cache_root(cache_dir: str | Path | None = None) -> Path:
+    """The folder that foveate keeps files in: this one, `FOVEATE_CACHE`, or the user's cache."""
     if cache_dir is not None:
         return Path(cache_dir).expanduser().absolute()
     if own := os.environ.get("FOVEATE_CACHE"):
