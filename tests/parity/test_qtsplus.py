@@ -6,12 +6,8 @@ import torch
 from safetensors.torch import save_file
 
 from foveate.core import Budget, Grid, ProjectorContext, Tokens
-from foveate.methods._qtsplus_modules import (
-    QueryGate,
-    budget_losses,
-    entropy,
-    solve_threshold,
-)
+from foveate.methods._qtsplus_gate import budget_losses, solve_threshold
+from foveate.methods._qtsplus_modules import QueryGate, entropy
 from foveate.methods.qtsplus import QTSplus
 
 from .golden_cases import Case, cases

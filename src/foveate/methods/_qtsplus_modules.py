@@ -1,4 +1,4 @@
-"""The trained parts of QTSplus: scoring, budget and re-encoding, and the gate of its training.
+"""The trained parts of QTSplus: scoring, budget and re-encoding.
 
 Legend: B samples, M visual tokens (padded), L tokens of the question (padded), n kept tokens
 (padded), D channels, H query heads, G key heads, d channels of a head.
@@ -9,17 +9,28 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from foveate import ops
+from foveate.methods._qtsplus_gate import sample_gate, solve_threshold
 
-Solver = Literal["implicit", "newton", "bisection"]
 HIDDEN = 256
 _EPS = 1e-8
+
+
+class _MLP(nn.Module):
+    """Two layers. The released names put them under `net`."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
 
 
 class QueryLayer(nn.Module):
@@ -51,10 +62,7 @@ class QueryLayer(nn.Module):
         self.v_proj = nn.Linear(width, kv_width)
         self.o_proj = nn.Linear(width, width, bias=False)
         self.ffn_norm = nn.RMSNorm(width, eps=1e-6)
-        self.ffn = nn.Module()
-        self.ffn.net = nn.Sequential(
-            nn.Linear(width, ffn_width), nn.GELU(), nn.Linear(ffn_width, width)
-        )
+        self.ffn = _MLP(width, ffn_width)
 
     def _heads(self, x_BND: Tensor, heads: int) -> Tensor:
         return x_BND.unflatten(2, (heads, -1)).transpose(1, 2)
@@ -83,7 +91,7 @@ class QueryLayer(nn.Module):
         mask = None if mask_BM is None else mask_BM[:, None, None]
         out_BHLd = scaled_dot_product_attention(q_BHLd, k_BGMd, v_BGMd, mask, enable_gqa=True)
         query_BLD = query_BLD + self.o_proj(out_BHLd.transpose(1, 2).flatten(2))
-        return query_BLD + self.ffn.net(self.ffn_norm(query_BLD))
+        return query_BLD + self.ffn(self.ffn_norm(query_BLD))
 
 
 class _Reencoder(nn.Module):
@@ -122,7 +130,7 @@ class BudgetHead(nn.Module):
             [num_B.to(relevance_BM.dtype).log(), relevance_BM.amax(1), entropy(relevance_BM)], 1
         )
         features = torch.cat([question_BD.to(spread_B3.dtype), spread_B3], dim=1)
-        share_B = self.mlp(features.to(self.mlp[0].weight.dtype))[:, 0].sigmoid()
+        share_B = self.mlp(features.to(next(self.parameters()).dtype))[:, 0].sigmoid()
         return self.low + (self.high - self.low) * share_B
 
 
@@ -273,7 +281,7 @@ class QueryGate(nn.Module):
         """
         B, M, _ = x_BMD.shape
         query_BLD = question_BLD
-        *earlier, last = self.scoring_layers
+        *earlier, last = (cast("QueryLayer", layer) for layer in self.scoring_layers)
         for layer in earlier:
             query_BLD = layer(query_BLD, x_BMD, mask_BM)
         relevance_BM = last.relevance(query_BLD, x_BMD, mask_BM, question_mask_BL)
@@ -351,130 +359,6 @@ def time_embedding(time_Bn: Tensor, width: int) -> Tensor:
     step_h = torch.arange(half, device=time_Bn.device, dtype=torch.float32) / max(half, 1)
     angle_Bnh = time_Bn[..., None].float() * torch.exp(-math.log(1e4) * step_h)
     return pad(torch.cat([angle_Bnh.sin(), angle_Bnh.cos()], dim=-1), (0, width - 2 * half))
-
-
-def solve_threshold(
-    relevance_BM: Tensor,
-    count_B: Tensor,
-    tau: float,
-    mask_BM: Tensor | None = None,
-    solver: Solver = "implicit",
-    iterations: int | None = None,
-) -> Tensor:
-    """The threshold t at which sum sigmoid((r - t) / tau) is `count`, [B].
-
-    O(iterations B M).
-
-    Args:
-        relevance_BM: r.
-        count_B: between 0 and the tokens of the sample, both exclusive.
-        tau: temperature.
-        mask_BM: tokens that count; None: all.
-        solver: "implicit": bisection, then one step of Newton's that carries the exact gradient in
-            r and count. "newton": from the median, differentiable throughout, as released; it may
-            run away where relevance has a long tail. "bisection" on [min r - 6 tau, max r + 6 tau],
-            without a gradient.
-        iterations: steps; None: 40 of bisection, 10 of Newton's.
-
-    Raises:
-        ValueError: the solver is unknown.
-
-    Example:
-        >>> r = torch.tensor([[0.1, 0.2, 0.9]])
-        >>> t = solve_threshold(r, torch.tensor([1.0]), 0.1)
-        >>> round(float(torch.sigmoid((r - t[:, None]) / 0.1).sum()), 4)
-        1.0
-
-    Source: QTSplus (arXiv 2511.11910), training gate; "implicit" is ours.
-    """
-    if solver not in ("implicit", "newton", "bisection"):
-        raise ValueError(f'solver must be "implicit", "newton" or "bisection", got {solver!r}.')
-    if mask_BM is None:
-        mask_BM = torch.ones_like(relevance_BM, dtype=torch.bool)
-
-    def newton(t_B: Tensor) -> Tensor:
-        open_BM = torch.sigmoid((relevance_BM - t_B[:, None]) / tau) * mask_BM
-        slope_B = (open_BM * (1 - open_BM)).sum(1) / tau
-        return t_B + (open_BM.sum(1) - count_B) / (slope_B + 1e-6)
-
-    if solver == "newton":
-        t_B = relevance_BM.masked_fill(~mask_BM, torch.nan).nanmedian(1).values
-        for _ in range(iterations or 10):
-            t_B = newton(t_B)
-        return t_B
-    with torch.no_grad():
-        low_B = relevance_BM.masked_fill(~mask_BM, torch.inf).amin(1) - 6 * tau
-        high_B = relevance_BM.masked_fill(~mask_BM, -torch.inf).amax(1) + 6 * tau
-        for _ in range(iterations or 40):
-            t_B = (low_B + high_B) / 2
-            open_BM = torch.sigmoid((relevance_BM - t_B[:, None]) / tau) * mask_BM
-            is_low_B = open_BM.sum(1) > count_B
-            low_B, high_B = t_B.where(is_low_B, low_B), high_B.where(is_low_B, t_B)
-        t_B = (low_B + high_B) / 2
-    return t_B if solver == "bisection" else newton(t_B)
-
-
-def sample_gate(
-    relevance_BM: Tensor,
-    threshold_B: Tensor,
-    tau: float,
-    mask_BM: Tensor | None = None,
-    generator: torch.Generator | None = None,
-    released: bool = False,
-) -> Tensor:
-    """Keep every token with probability sigmoid((r - t) / tau): 1 or 0, straight-through, [B, M].
-
-    Forward exactly 0 or 1, backward the gradient of the relaxed sample. Where a sample would keep
-    nothing, its most relevant token stays. O(B M).
-
-    Args:
-        relevance_BM: r.
-        threshold_B: t.
-        tau: temperature.
-        mask_BM: tokens there are; None: all.
-        generator: source of the Gumbel noise.
-        released: noise on the logits r - t at the temperature tau. As the temperature changes no
-            argmax, this keeps with probability sigmoid(r - t): far more than was asked for.
-
-    Source: QTSplus (arXiv 2511.11910), training gate; logits (r - t) / tau are ours.
-    """
-    logit_BM, temperature = relevance_BM - threshold_B[:, None], tau
-    if not released:
-        logit_BM, temperature = logit_BM / tau, 1.0
-    noise_2BM = ops.gumbel_noise(torch.stack([logit_BM, logit_BM]).detach(), generator)
-    soft_BM = torch.sigmoid((logit_BM + noise_2BM[0] - noise_2BM[1]) / temperature)
-    hard_BM = (soft_BM > 0.5).to(soft_BM.dtype)
-    shown_BM = relevance_BM.detach()
-    if mask_BM is not None:
-        hard_BM, soft_BM = hard_BM * mask_BM, soft_BM * mask_BM
-        shown_BM = shown_BM.masked_fill(~mask_BM, -torch.inf)
-    best_BM = torch.zeros_like(hard_BM).scatter(1, shown_BM.argmax(1, keepdim=True), 1.0)
-    hard_BM = torch.where(hard_BM.any(1, keepdim=True), hard_BM, best_BM)
-    return hard_BM + (soft_BM - soft_BM.detach())
-
-
-def budget_losses(
-    rho_B: Tensor, num_B: Tensor, most: int, mean_rho: Tensor | float | None = None
-) -> dict[str, Tensor]:
-    """What the training of the budget head minimises beside the language model's loss.
-
-    Args:
-        rho_B: fractions kept.
-        num_B: tokens there were.
-        most: n_max, the unit of cost.
-        mean_rho: running mean of rho, of earlier steps; None leaves that term out.
-
-    Returns:
-        "flops": mean of (rho M / n_max)^2; "kv": mean of rho M / n_max; "smooth": mean of
-        (rho - mean_rho)^2. Published weights are 1.0, 1.7 and 0.05, or 0.1, 0.17 and 0.05.
-
-    Source: QTSplus (arXiv 2511.11910), training objective.
-    """
-    cost_B = rho_B * num_B / most
-    losses = {"flops": cost_B.square().mean(), "kv": cost_B.mean()}
-    if mean_rho is not None:
-        losses["smooth"] = (rho_B - mean_rho).square().mean()
-    return losses
 
 
 def _without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

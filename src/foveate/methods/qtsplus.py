@@ -149,9 +149,9 @@ class QTSplus(Method):
             "others; deepstack features are those of the selected tokens.",
             "Newlines of rows that still hold a patch, newlines at the end and [CLS] tokens stay, "
             "on top of the budget, and are neither scored nor re-encoded.",
-            "The gate of its training (foveate.methods._qtsplus_modules.QueryGate) has a solver "
-            "with an exact gradient and samples at the intended rate; the released forms, which "
-            "keep more than asked for, are options. The trainer is no part of this.",
+            "The gate of its training finds its threshold with an exact gradient and samples at "
+            "the intended rate; the released forms, of which the sampling keeps more than was "
+            "asked for, are options. The trainer is no part of this.",
             "Samples of a batch are padded behind a mask; the released code repeats the last "
             "token instead, which changes what the re-encoder makes of the others.",
         ),
