@@ -110,6 +110,13 @@ METHOD_TABLE: dict[str, Row] = {
         on_images=False,
         reads_text=True,
     ),
+    "gtp_vit": Row(
+        "gtp_vit",
+        ("encoder",),
+        retain=0.6,
+        merges=True,
+        families=tuple(f for f in TINY_FAMILIES if f not in PACKED),
+    ),
     # Windows and groups small enough that short prompts are stretched and stored.
     "intp": Row(
         "intp(window=16, answer=8, group=4, recent=8)",

@@ -61,7 +61,7 @@ class EncoderStage(OfOneModel):
         layouts: gives `EncoderContext.layouts` of the running call.
         stages: by step number, the stages at which the step acts.
         gates: the same of steps that act at the patches stage.
-        seed: for methods of that stage that draw random numbers.
+        seed: for methods that draw random numbers.
     """
 
     def __init__(
@@ -359,6 +359,7 @@ class EncoderStage(OfOneModel):
         return EncoderContext(
             budget=self.budget(number),
             method=method.name,
+            seed=self.seed,
             state=run.state.setdefault(number, {}),
             layer=index,
             num_layers=self.tower.feature_block + 1,

@@ -58,6 +58,8 @@ class Reduction:
         matrix_BMN: [B, M, N], transform (or synthesise with provenance) only; may be sparse COO.
         features_BMD: [B, M, D], synthesise only.
         distinct: select only: no source is taken twice; None when nobody has looked.
+        conserve: transform only: a source's size is shared among its targets; False: sizes are
+            mixed like features.
 
     Example:
         >>> import torch
@@ -83,6 +85,7 @@ class Reduction:
     matrix_BMN: torch.Tensor | None = None
     features_BMD: torch.Tensor | None = None
     distinct: bool | None = None
+    conserve: bool = True
 
     def __repr__(self) -> str:
         padded = "" if self.mask_BM is None else ", padded"
@@ -176,6 +179,7 @@ class Reduction:
         matrix_BMN: torch.Tensor,
         anchor_BM: torch.Tensor | None = None,
         mask_BM: torch.Tensor | None = None,
+        conserve: bool = True,
     ) -> Reduction:
         """Mix tokens with a general matrix.
 
@@ -184,6 +188,8 @@ class Reduction:
             anchor_BM: [B, M] source whose place the target takes (default: the source of largest
                 absolute weight, lowest index on ties; -1 where all are zero).
             mask_BM: bool [B, M], which targets of a ragged batch exist (default: all).
+            conserve: share each source's size among its targets, so that no size is lost or made;
+                False mixes sizes like features.
 
         Raises:
             ValueError: the shapes do not fit or an anchor is outside -1..N-1.
@@ -197,7 +203,9 @@ class Reduction:
         if anchor_BM is None:
             anchor_BM = strongest(matrix_BMN, dim=2)
         anchor_BM = as_anchors(anchor_BM, (batch, num_out), num_in, mask_BM, "transform")
-        return cls("transform", num_in, anchor_BM, mask_BM, matrix_BMN=matrix_BMN)
+        return cls(
+            "transform", num_in, anchor_BM, mask_BM, matrix_BMN=matrix_BMN, conserve=conserve
+        )
 
     @classmethod
     def synthesise(
@@ -370,7 +378,7 @@ class Reduction:
         """How many source tokens every target stands for, [B, N] -> [B, M].
 
         Merging adds sizes up, selecting keeps them, a transform shares each source's size among its
-        targets in proportion to the weights (float32 then). Only dropped tokens lose theirs, and
+        targets in proportion to the weights (float32 then; unless `conserve` is False). Only dropped tokens lose theirs, and
         only repeated ones count again. A synthesised token without matrix has size 1.
         """
         self._check_source(size_BN)
@@ -384,6 +392,8 @@ class Reduction:
             return one_BM if self.mask_BM is None else one_BM.masked_fill(~self.mask_BM, 0)
         if not size_BN.is_floating_point():
             size_BN = size_BN.float()
+        if not self.conserve:
+            return self.apply(size_BN)
         return column_shares(self.matrix_BMN if self.mask_BM is None else self._dense(), size_BN)
 
     def then(self, later: Reduction) -> Reduction:
@@ -425,8 +435,14 @@ class Reduction:
             weight_BN = first_weight_BN * take_rows(second_weight_BN, first_BN)
             weight_BN = weight_BN.masked_fill(target_BN < 0, 0.0)
             return Reduction("merge", self.num_in, anchor_BM, mask_BM, target_BN, weight_BN)
-        matrix_BMN = later._product(self)
-        return Reduction("transform", self.num_in, anchor_BM, mask_BM, matrix_BMN=matrix_BMN)
+        return Reduction(
+            "transform",
+            self.num_in,
+            anchor_BM,
+            mask_BM,
+            matrix_BMN=later._product(self),
+            conserve=self.conserve and later.conserve,
+        )
 
     def sample(self, index: int) -> Reduction:
         """One sample of the batch, its padding removed (B = 1).
@@ -454,6 +470,7 @@ class Reduction:
             None if self.matrix_BMN is None else self._dense()[row][:, keep],
             None if self.features_BMD is None else self.features_BMD[row][:, keep],
             self.distinct,
+            self.conserve,
         )
 
     def to(self, device: torch.device | str) -> Reduction:

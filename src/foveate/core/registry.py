@@ -32,6 +32,7 @@ _BUILTIN: dict[str, str] = {
     "fopru": "foveate.methods.fopru:FoPru",
     "free_video_llm": "foveate.methods.free_video_llm:FreeVideoLLM",
     "grt": "foveate.methods.grt:GRT",
+    "gtp_vit": "foveate.methods.gtp_vit:GTPViT",
     "hiprune": "foveate.methods.hiprune:HiPrune",
     "holitom": "foveate.methods.holitom:HoliTom",
     "intp": "foveate.methods.intp:INTP",
