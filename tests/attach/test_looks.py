@@ -1,4 +1,4 @@
-"""What a scorer is shown: each frame once, in windows, a chunk at a time, for clips of any length."""
+"""What a scorer is shown: each frame once, in windows, chunk by chunk, however long the clip."""
 
 from __future__ import annotations
 
