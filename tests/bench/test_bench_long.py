@@ -25,11 +25,11 @@ from foveate.bench import (
 )
 from foveate.bench import long_suite as long_module
 from foveate.bench import stage_times as stage_module
+from foveate.bench.identity import scorer_name
 from foveate.bench.inputs import Prompts
 from foveate.bench.plan import plan_cells
 from foveate.bench.report import render_report
 from foveate.bench.report_markdown import render_markdown
-from foveate.bench.runner import scorer_name
 from foveate.checkpoints import load_model
 from foveate.core.timeline import TIMED_STAGES
 from foveate.errors import MissingSignalError
@@ -173,18 +173,11 @@ def test_recipes_that_choose_get_as_many_tokens_as_fewer_frames(bench: Callable[
     assert stages[0]["after"] == 2
 
 
-def test_without_a_scorer_frames_are_taken_evenly_and_it_is_said(
-    loaded: tuple[Any, Any], bench: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+def test_without_a_scorer_the_model_itself_is_asked(
+    loaded: tuple[Any, Any], bench: Callable[..., Any]
 ) -> None:
-    from foveate.bench import runner as runner_module
-
-    monkeypatch.setattr(runner_module, "asking_scorer", lambda model, processor: None)
-    result = bench("f2c, f2c@frames, kffocus")
-    assert result.cell("f2c", 0.25).figures["notes"] == [
-        "no scorer was given: the frames were taken evenly"
-    ]
-    assert "MissingSignalError" in next(c.error for c in result.cells if c.recipe == "f2c@frames")
-    assert result.cell("kffocus", 0.25).figures["notes"] == []
+    result = bench("f2c@frames")
+    assert not result.failures and result.run["scorer"] is None
     prompts = Prompts(*loaded, Suite("mine", items()), 8)
     with pytest.raises(MissingSignalError):
         prompts.chosen(Recipe.of("f2c"), 0.25)

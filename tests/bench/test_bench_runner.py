@@ -14,6 +14,7 @@ from PIL import Image
 
 from foveate import Card, Method, Recipe
 from foveate.bench import BenchResult, Item, Suite, WorldSuite, read_result, run_bench
+from foveate.bench import identity as identity_module
 from foveate.bench import inputs as inputs_module
 from foveate.bench import runner as runner_module
 from foveate.bench.generation import Generator
@@ -514,10 +515,10 @@ def test_generated_clips_are_told_apart_by_their_arguments(loaded: tuple[Any, An
     """The run of a world goes on where other releases of Pillow draw a pixel otherwise."""
     suite = WorldSuite(1, ["what"], frames=4)
     prompts = Prompts(*loaded, suite, 4)
-    before = runner_module._digest(prompts)
+    before = identity_module._digest(prompts)
     for prompt in prompts.prompts:
         prompt.item.video[...] += 1
-    assert runner_module._digest(prompts) == before
+    assert identity_module._digest(prompts) == before
 
 
 def test_other_weights_and_other_answers_are_another_run(

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
 
 from torch import nn
 
-from foveate.checkpoints import AskingScorer
-from foveate.errors import UnknownModelError, UnsupportedModelError
+from foveate.errors import UnknownModelError
 from foveate.models.adapter import Adapter
 from foveate.models.registry import adapter_for
-from foveate.models.scorer import Scorer
 
 _SAMPLES = 64
 
@@ -44,12 +41,3 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(flat[::step].double().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def asking_scorer(model: nn.Module, processor: Any) -> Scorer | None:
-    """The model as its own scorer of frames; None where it cannot be asked."""
-    kind = "video" if getattr(processor, "image_token", None) is None else "image"
-    try:
-        return AskingScorer(model, processor, kind=kind)
-    except UnsupportedModelError:
-        return None

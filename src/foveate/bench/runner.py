@@ -2,43 +2,32 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
-import json
-import shlex
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from foveate import __version__
 from foveate.attach import Attachment, reduce
 from foveate.bench.generation import Generator, Tally, UntouchedCosts, plans_of
+from foveate.bench.identity import run_identity, scorer_name
 from foveate.bench.inputs import CACHE_BYTES, Prompt, Prompts
 from foveate.bench.matching import is_correct
 from foveate.bench.measure import measure_times, peak_memory
-from foveate.bench.model import asking_scorer, fingerprint
 from foveate.bench.plan import PlannedCell, plan_cells
 from foveate.bench.results import BenchResult, read_result
 from foveate.bench.stage_times import stage_seconds
 from foveate.bench.store import RunFolder, cell_key
 from foveate.bench.suite import Suite, WorldSuite
-from foveate.checkpoints import EMBEDDED, frame_side, load_model
+from foveate.checkpoints import EMBEDDED, frame_side, load_model, own_scorer
 from foveate.core import Recipe
-from foveate.core.hardware import hardware
-from foveate.errors import MissingSignalError
 from foveate.models.companion import Companion
 from foveate.models.scorer import Scorer
 
-#: Bytes at each end of a clip that tell it from another one of the same length.
-_ENDS = 64 << 10
 #: Questions that are timed, each about another clip.
 TIMED = 2
 #: Tokens that a reply may have beyond the longest answer.
@@ -139,7 +128,7 @@ def run_bench(
         (suite or WorldSuite(frames=frames, seed=seed)).sized_for(frame_side(processor)),
         frames,
         cache_bytes=cache_bytes,
-        scorer=told or asking_scorer(loaded, processor),
+        scorer=told or own_scorer(loaded, processor),
         progress=lambda clips, items: progress(f"read the clips ({clips})", 0, 1),
     )
     max_new_tokens = max_new_tokens or prompts.longest_answer + LEAD_IN
@@ -220,20 +209,11 @@ class Runner:
             self.model, cell.recipe, retain=cell.retain, seed=self.seed, companion=self.companion
         )
 
-    def _questions(
-        self, cell: PlannedCell, tell: Callable[[int, int], None]
-    ) -> tuple[list[Prompt], list[str]]:
-        """The questions with the frames that the cell shows, and what must be said about that."""
-        recipe = cell.recipe
-        if recipe is None or not recipe.at("frames"):
-            return self.prompts.prompts, []
-        try:
-            return self.prompts.chosen(recipe, cell.retain, self.seed, tell), []
-        except MissingSignalError:
-            steps = [recipe.steps[index] for index in recipe.at("frames")]
-            if self.prompts.scorer is not None or any(len(step.stages) == 1 for step in steps):
-                raise
-            return self.prompts.prompts, ["no scorer was given: the frames were taken evenly"]
+    def _questions(self, cell: PlannedCell, tell: Callable[[int, int], None]) -> list[Prompt]:
+        """The questions with the frames that the cell shows."""
+        if cell.recipe is None or not cell.recipe.at("frames"):
+            return self.prompts.prompts
+        return self.prompts.chosen(cell.recipe, cell.retain, self.seed, tell)
 
     def _run(
         self, cell: PlannedCell, named: dict[str, Any], place: tuple[int, int]
@@ -246,7 +226,7 @@ class Runner:
         def tell(stage: str, done: int, steps: int) -> None:
             self.progress(stage, number * steps + done, total * steps)
 
-        questions, notes = self._questions(cell, lambda *n: tell(f"{what}: choose frames", *n))
+        questions = self._questions(cell, lambda *n: tell(f"{what}: choose frames", *n))
         batches = self.prompts.batches(self.batch, questions)
         for done, batch in enumerate(batches, 1):
             # A new attachment per batch costs milliseconds and cannot carry anything over.
@@ -267,7 +247,6 @@ class Runner:
             "tasks": tasks,
             **tally.means(),
             **self._measure(cell, questions),
-            "notes": notes,
             "error": None,
         }
         return line, rows
@@ -323,81 +302,6 @@ def _first_of_clips(prompts: Sequence[Prompt]) -> list[Prompt]:
     for prompt in prompts:
         first.setdefault(prompt.item.clip_id, prompt)
     return list(first.values())
-
-
-def scorer_name(scorer: Scorer) -> str:
-    """What tells a scorer from another one: its class, and the weights of its model if it has any.
-
-    Example:
-        >>> class Redness:
-        ...     size, probabilities = (8, 8), True
-        ...     def relevance(self, pixels_T3hw, question):
-        ...         return pixels_T3hw[:, 0].float().mean((1, 2)) / 255
-        >>> scorer_name(Redness())
-        'Redness'
-    """
-    name, model = type(scorer).__name__, getattr(scorer, "model", None)
-    return f"{name}, weights {fingerprint(model)}" if isinstance(model, nn.Module) else name
-
-
-def run_identity(model: nn.Module, name: str, prompts: Prompts) -> dict[str, Any]:
-    """What was run, on what."""
-    import transformers
-
-    suite = prompts.suite
-    tasks: dict[str, int] = {}
-    for prompt in prompts.prompts:
-        tasks[prompt.item.task] = tasks.get(prompt.item.task, 0) + 1
-    return {
-        "model": name,
-        "model_id": f"{type(model).__name__}, weights {fingerprint(model)}",
-        "suite": suite.name,
-        "suite_args": suite.args,
-        "items": len(prompts.prompts),
-        "clips": len({prompt.item.clip_id for prompt in prompts.prompts}),
-        "questions": _digest(prompts),
-        "lettered": prompts.lettered,
-        "tasks": tasks,
-        "skipped": list(suite.errors),
-        "damaged": list(prompts.damaged),
-        "device": prompts.device.type,
-        "dtype": str(prompts.dtype).removeprefix("torch."),
-        "hardware": hardware(prompts.device),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "foveate": __version__,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-    }
-
-
-def _digest(prompts: Prompts) -> str:
-    """A name for the questions and what they are about, not for where files lie or their dates."""
-    generated = isinstance(prompts.suite, WorldSuite)  # its arguments say what the clips show
-    digest, clips = hashlib.sha256(), {}
-    for prompt in prompts.prompts:
-        item = prompt.item
-        if item.clip_id not in clips:
-            clips[item.clip_id] = _content(item.video, generated)
-        fields = [item.id, item.clip_id, item.question, item.options, item.answer, item.task]
-        digest.update(json.dumps([*fields, *clips[item.clip_id]]).encode())
-    return digest.hexdigest()[:16]
-
-
-def _content(video: Path | np.ndarray, generated: bool) -> list[Any]:
-    """Bytes of a clip and a hash of its first and last 64 kB; the middle is taken on trust."""
-    if generated and not isinstance(video, Path):
-        return [video.nbytes]
-    if isinstance(video, Path):
-        size = video.stat().st_size
-        with video.open("rb") as file:
-            first = file.read(_ENDS)
-            file.seek(max(size - _ENDS, 0))
-            last = file.read(_ENDS)
-    else:
-        data = np.ascontiguousarray(video).reshape(-1).view(np.uint8)
-        size, first, last = data.nbytes, data[:_ENDS].tobytes(), data[-_ENDS:].tobytes()
-    return [size, hashlib.sha256(first + last).hexdigest()]
 
 
 def _write_report(folder: Path) -> None:

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from foveate.bench.flow import InformationFlow, mean_cosine
+from foveate.bench.identity import run_identity
 from foveate.bench.inputs import Prompts
-from foveate.bench.runner import Progress, run_identity
+from foveate.bench.runner import Progress
 from foveate.bench.search import Optimiser, Trial, optimiser_named, random_point
 from foveate.bench.suite import Item, Suite, WorldSuite
 from foveate.bench.tune_store import TuneFolder, TuneResult, best_of
