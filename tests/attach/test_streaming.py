@@ -231,7 +231,11 @@ def test_methods_that_cannot_stream_are_refused(recipe: str, reason: str) -> Non
 
 @pytest.mark.parametrize(
     ("family", "reason"),
-    [("qwen2_5_vl", "M-RoPE"), ("internvl", "between its frames"), ("llava_next", "between its")],
+    [
+        ("qwen3_vl", "between its frames"),
+        ("internvl", "between its frames"),
+        ("llava_next", "between its"),
+    ],
 )
 def test_families_that_cannot_stream_are_refused(family: str, reason: str) -> None:
     with pytest.raises(UnsupportedModelError, match=reason):

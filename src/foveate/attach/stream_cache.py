@@ -1,7 +1,7 @@
 """Keys and values of a stream: the system prompt and what is remembered of past frames.
 
 Legend: G key heads, d head channels, C system tokens, S slots of remembered frames, E remembered
-frames, T new frames, L new tokens.
+frames (or planes of frames that are joined), T new frames, L new tokens.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from foveate.attach.stream_positions import GridClock
 from foveate.core.stream import StreamStep
 from foveate.models.rotary import rotate
 
@@ -24,7 +25,8 @@ class StreamLayer:
     Attributes:
         keys: [1, G, C + S, d], rotated at `position_S`.
         values: alike.
-        position_S: int64 [C + S], the position at which each key was computed.
+        position_S: int64 [C + S], the position at which each key was computed; [3, C + S] where
+            they have time, row and column.
     """
 
     keys: Tensor
@@ -41,15 +43,21 @@ class StreamCache:
     Args:
         layers: the system prompt's keys and values.
         renumber: keys are turned to contiguous positions whenever they are read.
+        clock: of models that number by time, row and column; such keys are always turned.
     """
 
-    def __init__(self, layers: list[StreamLayer], renumber: bool) -> None:
+    def __init__(
+        self, layers: list[StreamLayer], renumber: bool, clock: GridClock | None = None
+    ) -> None:
         self.layers = layers
         self.renumber = renumber
+        self.clock = clock
         self.num_system = layers[0].keys.shape[2]
         device = layers[0].keys.device
         self.entry_S = torch.empty(0, dtype=torch.long, device=device)
         self.num_entries = 0
+        # Seconds and largest side of every remembered plane; of use where there is a clock.
+        self.plane_E2 = torch.empty(0, 2, dtype=torch.float64, device=device)
 
     @property
     def length(self) -> int:
@@ -79,13 +87,26 @@ class StreamCache:
             if self.renumber:
                 key = id(layer.position_S)
                 if key not in turns:
-                    turns[key] = rotary(keys, (self._ranks(seen_S) - layer.position_S)[None])
+                    turns[key] = rotary(
+                        keys, (self._ranks(seen_S) - layer.position_S).unsqueeze(-2)
+                    )
                 cos, sin = turns[key]
                 keys = rotate(keys, cos[:, None], sin[:, None])
             cache.update(keys, layer.values, index)
         return cache
 
     def _ranks(self, seen_S: Tensor | None) -> Tensor:
+        if self.clock is not None:
+            seen_E = torch.ones_like(self.plane_E2[:, 0], dtype=torch.bool)
+            if seen_S is not None:
+                seen_E = torch.bincount(
+                    self.entry_S[seen_S[self.num_system :]], minlength=self.num_entries
+                ).bool()
+            # Rows and columns stay; time begins anew at the first plane that is seen.
+            position_3S = self.layers[0].position_S.clone()
+            time_E = self.clock.times(self.plane_E2[:, 0], seen_E)
+            position_3S[0, self.num_system :] = self.num_system + time_E[self.entry_S]
+            return position_3S
         if seen_S is None:
             return torch.arange(self.length, device=self.entry_S.device)
         return seen_S.long().cumsum(0) - 1
@@ -95,6 +116,43 @@ class StreamCache:
         old_E = torch.bincount(self.entry_S, minlength=self.num_entries)
         new_T = torch.bincount(step.frame_L[step.kept_L], minlength=sees_TE.shape[0])
         return self.num_system + sees_TE.long() @ torch.cat([old_E, new_T])
+
+    def place(
+        self, step: StreamStep, sees_TE: Tensor, place_L2: Tensor, plane_T2: Tensor
+    ) -> Tensor:
+        """Positions of new tokens by time, row and column, int64 [3, L].
+
+        Args:
+            step: the new planes.
+            sees_TE: its `sees_TE` on this device.
+            place_L2: row and column of every token.
+            plane_T2: seconds and largest side of every new plane.
+        """
+        assert self.clock is not None
+        second_E = torch.cat([self.plane_E2, plane_T2])[:, 0]
+        own_T = self.num_entries + torch.arange(len(sees_TE), device=sees_TE.device)
+        time_T = [
+            self.clock.times(second_E, seen_E.index_fill(0, own, True))[own]
+            for seen_E, own in zip(sees_TE, own_T[:, None], strict=True)
+        ]
+        position_L3 = torch.cat([torch.cat(time_T)[step.frame_L][:, None], place_L2], dim=1)
+        return self.num_system + position_L3.t()
+
+    def text_positions(self, count: int) -> Tensor | None:
+        """Where so many tokens of text behind the frames stand, int64 [3, count].
+
+        None where a token's slot is its position.
+        """
+        if self.clock is None:
+            return None
+        position_3S = self._ranks(None)
+        extent, time = 0, 0
+        if self.num_entries:
+            extent = int(self.plane_E2[:, 1].max())
+            time = int(position_3S[0, self.num_system :].max()) - self.num_system
+        first = self.clock.behind(self.num_system, extent, time)
+        text_L = first + torch.arange(count, device=position_3S.device)
+        return text_L.expand(3, -1)
 
     def allowed(self, step: StreamStep, sees_TE: Tensor) -> Tensor:
         """Which slot each new token attends to, bool [L, C + S + L]. O(L (C + S + L))."""
@@ -114,15 +172,21 @@ class StreamCache:
         return share_E / share_E.sum().clamp(min=1e-12)
 
     def commit(
-        self, cache: DynamicCache, step: StreamStep, position_L: Tensor, kept: list[Tensor]
+        self,
+        cache: DynamicCache,
+        step: StreamStep,
+        position_L: Tensor,
+        kept: list[Tensor],
+        plane_T2: Tensor | None = None,
     ) -> None:
         """Take over what stays of new frames, and let go of frames that do not remain.
 
         Args:
             cache: of `open`, after the call that read the new tokens.
             step: what was read.
-            position_L: positions of the new tokens.
+            position_L: positions of the new tokens, [L] or [3, L].
             kept: per layer bool [L], as many True in all.
+            plane_T2: seconds and largest side of every new plane, where there is a clock.
         """
         device, total = self.entry_S.device, self.num_entries + int(step.frame_L[-1]) + 1
         rank_E = torch.full((total,), -1, device=device)
@@ -137,9 +201,9 @@ class StreamCache:
             key = (id(layer.position_S), id(kept[index]))
             if key not in shared:
                 fresh_K = (kept[index] & (new_L >= 0)).nonzero()[:, 0]
-                position_S = torch.cat(
-                    [layer.position_S[system_C], layer.position_S[old_S], position_L[fresh_K]]
-                )
+                old = layer.position_S
+                parts = [old[..., system_C], old[..., old_S], position_L[..., fresh_K]]
+                position_S = torch.cat(parts, dim=-1)
                 shared[key] = fresh_K, position_S
             fresh_K, position_S = shared[key]
             stays_S = torch.cat([system_C, old_S])
@@ -152,4 +216,6 @@ class StreamCache:
         fresh_K = (kept[0] & (new_L >= 0)).nonzero()[:, 0]
         self.entry_S = torch.cat([rank_E[self.entry_S[old_S - self.num_system]], new_L[fresh_K]])
         self.num_entries = len(remains_K)
+        if plane_T2 is not None:
+            self.plane_E2 = torch.cat([self.plane_E2, plane_T2])[remains_K]
         self.layers = layers

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy, deepcopy
 from typing import Any
 
 import torch
@@ -24,8 +25,9 @@ from foveate import ops
 from foveate.attach.attachment import refuse_hooked
 from foveate.attach.stream_cache import StreamCache, StreamLayer
 from foveate.attach.stream_features import FrameFeatures
+from foveate.attach.stream_positions import grid_clock
 from foveate.core import Budget, Modality, Recipe
-from foveate.core.stream import RecentMemory, StreamMemory, StreamStep
+from foveate.core.stream import RecallMemory, RecentMemory, StreamMemory, StreamStep
 from foveate.errors import AttachmentError, UnsupportedModelError
 from foveate.models.adapter import Adapter
 from foveate.models.registry import adapter_for
@@ -41,7 +43,7 @@ DEFAULT_CAPACITY = 64
 
 def split_recipe(
     recipe: Recipe | None, capacity: int | None, model: nn.Module
-) -> tuple[StreamMemory, Recipe | None]:
+) -> tuple[StreamMemory | RecallMemory, Recipe | None]:
     """The memory of a stream, and the methods that shorten every group before it.
 
     Args:
@@ -123,23 +125,38 @@ class StreamEngine:
         self.modality = stream_modality(model)
         self.text: Any = self.adapter.language_model(model)
         self.memory = memory
+        self.clock = grid_clock(model, self.adapter)
         self.renumber = memory.renumbers if renumber is None else renumber
+        if self.clock is not None:
+            _check_clock(self.adapter.docs_name, memory, self.renumber)
         _check_text(self.text, self.renumber)
         refuse_hooked(model)
         self.frames: list[int] = []
         self.num_frames = 0
+        #: Frames that the model joins into one plane; numbers and times are those of planes.
+        self.joined = 1 if self.clock is None else self.clock.joined
         self.broken = False
         with torch.inference_mode():
             self.cache = self._read_system(system_ids)
         self.features = FrameFeatures(model, self.adapter, self.modality, recipe, budget)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of all that is remembered."""
+        return self.cache.num_bytes
 
     def close(self) -> None:
         """Take the recipe's hooks off."""
         self.features.close()
 
     @torch.inference_mode()
-    def push(self, inputs: Mapping[str, Tensor]) -> None:
-        """Read one group of frames, given as the feature method takes them."""
+    def push(self, inputs: Mapping[str, Tensor], seconds: Sequence[float] | None = None) -> None:
+        """Read one group of frames.
+
+        Args:
+            inputs: as the feature method takes them.
+            seconds: when each plane is shown, for models that number by time; None: one a second.
+        """
         if self.broken:
             raise AttachmentError(
                 "An earlier group of this stream failed halfway, and what is remembered may be "
@@ -150,14 +167,31 @@ class StreamEngine:
         # Frames of which a method left nothing are as if they had not been there.
         present_T, frame_L = plane_L.unique_consecutive(return_inverse=True)
         ids = [self.num_frames + plane for plane in present_T.tolist()]
+        plane_T2 = self._planes(num_planes, seconds)[present_T]
         self.num_frames += num_planes
         if self.memory.picked or self.renumber:
             for frame, number in enumerate(ids):
                 mine_L = frame_L == frame
-                self._read(x_LD[mine_L], frame_L[mine_L] - frame, [number])
+                place_L2 = self.features.place_L2[mine_L]
+                self._read(
+                    x_LD[mine_L],
+                    frame_L[mine_L] - frame,
+                    [number],
+                    place_L2,
+                    plane_T2[frame : frame + 1],
+                )
         elif ids:
-            self._read(x_LD, frame_L, ids)
+            self._read(x_LD, frame_L, ids, self.features.place_L2, plane_T2)
         self.broken = False
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is read inside is forgotten afterwards, as if it had never come."""
+        kept = copy(self.cache), deepcopy(self.memory), self.frames, self.num_frames, self.broken
+        try:
+            yield
+        finally:
+            self.cache, self.memory, self.frames, self.num_frames, self.broken = kept
 
     @torch.inference_mode()
     def answer(
@@ -180,9 +214,12 @@ class StreamEngine:
         head, stops, new = self.model.get_output_embeddings(), _stop_ids(self.model), []
         cache = self.cache.open(self.text.rotary_emb)
         embeds_LD = self.question_embeddings(ids)
+        placed = position_L = self.cache.text_positions(len(embeds_LD))
         with self._last_queries() as queries:
-            hidden_LD = self._forward(embeds_LD, cache)
-        rows = self._last_rows(cache, queries, torch.tensor([cache.get_seq_length() - 1]))
+            hidden_LD = self._forward(embeds_LD, cache, position_L)
+        if position_L is None:
+            position_L = torch.tensor([cache.get_seq_length() - 1])
+        rows = self._last_rows(cache, queries, position_L[..., -1:])
         weights = self.cache.share_of_entries(rows)
         while True:
             token = int(head(hidden_LD[-1:]).argmax())
@@ -193,7 +230,8 @@ class StreamEngine:
                 on_token(token)
             if len(new) >= max_new_tokens:
                 break
-            hidden_LD = self._forward(self._embed(torch.tensor([token])), cache)
+            position_L = None if placed is None else placed[:, -1:] + len(new)
+            hidden_LD = self._forward(self._embed(torch.tensor([token])), cache, position_L)
         return new, weights.tolist()
 
     def question_embeddings(self, ids: Tensor) -> Tensor:
@@ -219,7 +257,8 @@ class StreamEngine:
         """Run the language model on new tokens; hidden states [L, D]. `cache` grows by them."""
         given: dict[str, Tensor] = {}
         if position_L is not None:
-            given["position_ids"] = position_L[None]
+            # [1, L], or [3, 1, L] by time, row and column.
+            given["position_ids"] = position_L.unsqueeze(-2)
         if allowed_LT is not None:
             # Four dimensions: transformers takes it as it is, under sdpa and eager alike.
             mask_LT = torch.zeros_like(allowed_LT, dtype=embeds_LD.dtype)
@@ -238,28 +277,50 @@ class StreamEngine:
         position_S = torch.arange(len(ids), device=self._embed(ids).device)
         read: list[Any] = list(cache.layers)
         layers = [StreamLayer(layer.keys, layer.values, position_S) for layer in read]
-        return StreamCache(layers, self.renumber)
+        if self.clock is not None:
+            position_3S = position_S.expand(3, -1)
+            layers = [StreamLayer(layer.keys, layer.values, position_3S) for layer in layers]
+        return StreamCache(layers, self.renumber, self.clock)
 
-    def _read(self, x_LD: Tensor, frame_L: Tensor, ids: list[int]) -> None:
+    def _planes(self, count: int, seconds: Sequence[float] | None) -> Tensor:
+        """Seconds and largest side of new planes, float64 [T, 2]."""
+        if seconds is None:
+            seconds = range(self.num_frames, self.num_frames + count)
+        if len(seconds) != count:
+            raise ValueError(f"{len(seconds)} times for {count} planes of frames.")
+        side_T = self.features.shape_T2.amax(1).double()
+        return torch.stack([torch.tensor([*seconds]).to(side_T), side_T], dim=1)
+
+    def _read(
+        self,
+        x_LD: Tensor,
+        frame_L: Tensor,
+        ids: list[int],
+        place_L2: Tensor,
+        plane_T2: Tensor,
+    ) -> None:
         """Compute the tokens of some frames beside what is remembered, and keep what stays."""
         store = self.cache
         step = self.memory.push(x_LD, frame_L, len(ids))
         sees_TE = step.sees_TE.to(x_LD.device)
         allowed_LT = store.allowed(step, sees_TE)
-        size_T = torch.bincount(step.frame_L, minlength=len(ids))
-        rank_L = torch.arange(len(step.frame_L), device=x_LD.device)
-        rank_L = rank_L - (size_T.cumsum(0) - size_T)[step.frame_L]
-        position_L = store.starts(step, sees_TE)[step.frame_L] + rank_L
+        if self.clock is not None:
+            position_L = store.place(step, sees_TE, place_L2, plane_T2)
+        else:
+            size_T = torch.bincount(step.frame_L, minlength=len(ids))
+            rank_L = torch.arange(len(step.frame_L), device=x_LD.device)
+            rank_L = rank_L - (size_T.cumsum(0) - size_T)[step.frame_L]
+            position_L = store.starts(step, sees_TE)[step.frame_L] + rank_L
         seen_S = allowed_LT[0, : store.length] if self.renumber else None
         cache = store.open(self.text.rotary_emb, seen_S)
         kept = [step.kept_L] * len(store.layers)
         if self.memory.picked:
             with self._last_queries() as queries:
                 self._forward(step.x_LD, cache, position_L, allowed_LT)
-            kept = self._pick(self._last_rows(cache, queries, position_L[-1:]), step)
+            kept = self._pick(self._last_rows(cache, queries, position_L[..., -1:]), step)
         else:
             self._forward(step.x_LD, cache, position_L, allowed_LT)
-        store.commit(cache, step, position_L, kept)
+        store.commit(cache, step, position_L, kept, None if self.clock is None else plane_T2)
         everyone = [*self.frames, *ids]
         self.frames = [everyone[place] for place in step.remains_K.tolist()]
 
@@ -287,7 +348,7 @@ class StreamEngine:
         self, cache: DynamicCache, queries: list[Tensor], position_1: Tensor
     ) -> list[Tensor]:
         """Attention of the last token to all slots in every layer, float32 [H, S] each."""
-        rotation = self.text.rotary_emb(queries[0], position_1[None].to(queries[0].device))
+        rotation = self.text.rotary_emb(queries[0], position_1.unsqueeze(-2).to(queries[0].device))
         attentions: Any = self.adapter.text_attentions(self.model)
         layers: Any = cache.layers
         rows = []
@@ -321,18 +382,28 @@ def stream_modality(model: nn.Module) -> Modality:
         UnsupportedModelError: they cannot be.
     """
     adapter = _language_adapter(model)
-    if adapter.mrope:
-        raise UnsupportedModelError(
-            f"{adapter.docs_name} numbers its tokens by time, row and column (M-RoPE), and joins "
-            "frames in pairs; a stream would have to invent those numbers for what it remembers. "
-            "Take a model of the LLaVA line."
-        )
     if adapter.stream_modality is None:
         raise UnsupportedModelError(
             f"{adapter.docs_name} puts text, tiles or packed rows between its frames, which a "
-            "stream does not. Take LLaVA, LLaVA-NeXT-Video, LLaVA-OneVision or Video-LLaVA."
+            "stream does not. Take LLaVA, LLaVA-NeXT-Video, LLaVA-OneVision, Video-LLaVA, Qwen2-VL "
+            "or Qwen2.5-VL."
         )
     return adapter.stream_modality
+
+
+def _check_clock(name: str, memory: StreamMemory, renumber: bool) -> None:
+    """What cannot be done where tokens are numbered by time, row and column."""
+    if not isinstance(memory, RecentMemory):
+        raise AttachmentError(
+            f"{name} numbers its tokens by time, row and column (M-RoPE), which tokens that a "
+            "memory makes itself do not have; remember the most recent frames instead (recipe=None "
+            "or one that only shortens frames, with capacity=)."
+        )
+    if not renumber:
+        raise AttachmentError(
+            f"{name} numbers its tokens by time, row and column (M-RoPE), and time begins at the "
+            "first frame that is remembered: keys are always turned; leave out renumber=False."
+        )
 
 
 def _check_text(text: Any, renumber: bool) -> None:

@@ -62,4 +62,5 @@ def frame_inputs(processor: Any, kind: Modality, pixels_T3HW: Tensor) -> dict[st
     if hasattr(processor.video_processor, "sample_frames"):
         options["do_sample_frames"] = False
     found = processor.video_processor(videos=[pixels_T3HW], **options)
-    return {"pixel_values_videos": found["pixel_values_videos"]}
+    names = ("pixel_values_videos", "video_grid_thw")
+    return {name: found[name] for name in names if name in found}

@@ -24,6 +24,7 @@ class Qwen2VLAdapter(Adapter):
     docs_name = "Qwen2-VL"
     modalities: ClassVar = ("image", "video")
     mrope = True
+    stream_modality: ClassVar[Modality | None] = "video"
     video_in_chunks: ClassVar[bool] = True
     tower_paths: ClassVar = {"image": "visual", "video": "visual"}
     vision_layout = "qwen_vision"
