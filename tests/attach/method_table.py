@@ -171,6 +171,13 @@ METHOD_TABLE: dict[str, Row] = {
         "tdc", ("projector",), exact=False, merges=True, families=WITH_VIDEOS, on_images=False
     ),
     "todre": Row("todre(tau=1.1)", ("projector", "decoder"), exact=False),
+    "token_transforming": Row(
+        "token_transforming",
+        ("encoder",),
+        retain=0.6,
+        merges=True,
+        families=tuple(f for f in TINY_FAMILIES if f not in PACKED),
+    ),
     "tome": Row(
         "tome",
         ("encoder",),

@@ -50,6 +50,7 @@ _BUILTIN: dict[str, str] = {
     "safewatch": "foveate.methods.safewatch:SafeWatch",
     "tdc": "foveate.methods.tdc:TDC",
     "todre": "foveate.methods.todre:ToDRE",
+    "token_transforming": "foveate.methods.token_transforming:TokenTransforming",
     "tome": "foveate.methods.tome:ToMe",
     "transprune": "foveate.methods.transprune:TransPrune",
     "ts_llava": "foveate.methods.ts_llava:TSLLaVA",
