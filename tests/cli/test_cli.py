@@ -110,8 +110,9 @@ def test_the_options_are_frozen() -> None:
             *("-o", "-r", "video"),
         ],
         "ask": [
-            *("--compare", "--device", "--dtype", "--frames", "--json", "--max-new-tokens"),
-            *("--model", "--out", "--recipe", "--retain", "--tokens"),
+            *("--chunk", "--companion", "--compare", "--device", "--dtype", "--frames"),
+            *("--isolate", "--json", "--max-new-tokens", "--model", "--no-overlap", "--out"),
+            *("--overlap", "--recipe", "--retain", "--scorer", "--tokens"),
             *("-m", "-o", "-r", "question", "video"),
         ],
         "bench": [

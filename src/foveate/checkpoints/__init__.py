@@ -3,6 +3,7 @@
 from foveate.checkpoints.answering import AnsweringScorer, own_scorer
 from foveate.checkpoints.asking import AskingScorer
 from foveate.checkpoints.chats import Chat, prepare, prepare_chats, read_chat
+from foveate.checkpoints.companions import load_companion
 from foveate.checkpoints.loading import EMBEDDED, embedded, embedded_folder, load_model
 from foveate.checkpoints.processors import frame_side, load_processor
 from foveate.checkpoints.sources import open_clip, sample_frames
@@ -17,6 +18,7 @@ __all__ = [
     "embedded_folder",
     "frame_inputs",
     "frame_side",
+    "load_companion",
     "load_model",
     "load_processor",
     "open_clip",

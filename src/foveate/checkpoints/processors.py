@@ -95,7 +95,7 @@ def _stitched(cls: Any, name: str | Path) -> Any:
 
 
 def _video_stand_in(kind: str, name: str | Path, settings: Mapping[str, Any]) -> Any:
-    config = settings.get("video_processor") or _read_first(name, _VIDEO_FILES)
+    config = settings.get("video_processor") or read_first(name, _VIDEO_FILES)
     if kind in _STACKED:
         return StackedFrames(config)
     if kind in _PACKED:
@@ -103,7 +103,12 @@ def _video_stand_in(kind: str, name: str | Path, settings: Mapping[str, Any]) ->
     return NoVideo(kind)
 
 
-def _read_first(name: str | Path, files: Sequence[str]) -> dict[str, Any]:
+def read_first(name: str | Path, files: Sequence[str]) -> dict[str, Any]:
+    """The first of these files that a checkpoint has, as JSON.
+
+    Raises:
+        UnknownModelError: it has none of them.
+    """
     from transformers.utils.hub import cached_file
 
     for file in files:

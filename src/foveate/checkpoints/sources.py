@@ -12,15 +12,19 @@ from foveate.video import Clip, Frames
 _PICTURES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
 
-def open_clip(source: Any) -> Clip:
+def open_clip(source: Any, *, isolate: bool = False) -> Clip:
     """A clip of a video file, or of one frame when the file is a picture.
+
+    Args:
+        source: what `Clip` takes, or a picture's path.
+        isolate: decode a video in a process of its own, for files that cannot be trusted.
 
     Raises:
         VideoError: it cannot be read.
     """
     path = Path(source) if isinstance(source, (str, Path)) else None
     if path is None or path.suffix.lower() not in _PICTURES or not path.is_file():
-        return Clip.open(source)
+        return Clip.open(source, isolate=isolate) if isolate else Clip.open(source)
     from PIL import Image, ImageOps
 
     try:

@@ -225,7 +225,12 @@ def ask_command(
     recipe: Recipe_ = "holitom",
     retain: Retain = None,
     tokens: Tokens = None,
-    frames: Annotated[int, typer.Option("--frames", help="Frames, taken evenly.", min=1)] = 16,
+    frames: Annotated[
+        int,
+        typer.Option(
+            "--frames", help="Frames: taken evenly, unless the recipe chooses them.", min=1
+        ),
+    ] = 16,
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", help="Longest answer, in tokens.", min=1)
     ] = 128,
@@ -240,6 +245,41 @@ def ask_command(
         Path | None,
         typer.Option("--out", "-o", help="Write the HTML report here.", show_default=False),
     ] = None,
+    scorer: Annotated[
+        str,
+        typer.Option(
+            "--scorer",
+            help="What tells recipes that choose frames how well each fits: self (the model's own "
+            "yes), answer (how sure the model is of its answer), companion, or auto: the first "
+            "of companion, self and answer that there is.",
+        ),
+    ] = "auto",
+    companion: Annotated[
+        str | None,
+        typer.Option(
+            "--companion",
+            help="Folder or hub id of a CLIP or SigLIP: how well frames and patches fit the text.",
+            show_default=False,
+        ),
+    ] = None,
+    isolate: Annotated[
+        bool,
+        typer.Option(
+            "--isolate", help="Decode in a process of its own, for files that cannot be trusted."
+        ),
+    ] = False,
+    overlap: Annotated[
+        bool | None,
+        typer.Option(
+            "--overlap/--no-overlap",
+            help="Decode and encode while the language model reads earlier frames; default: where "
+            "the answer stays the same.",
+            show_default=False,
+        ),
+    ] = None,
+    chunk: Annotated[
+        int, typer.Option("--chunk", help="Frames that are read at a time then.", min=1)
+    ] = 16,
     as_json: Json = False,
 ) -> None:
     """Ask a vision-language model about a clip."""
@@ -258,6 +298,11 @@ def ask_command(
         compare=compare,
         output=output,
         as_json=as_json,
+        scorer=scorer,
+        companion=companion,
+        isolate=isolate,
+        overlap=overlap,
+        chunk=chunk,
     ).run()
 
 

@@ -14,16 +14,26 @@ from rich.table import Table
 from foveate._wording import count, duration
 from foveate.checkpoints import (
     EMBEDDED,
+    AnsweringScorer,
+    AskingScorer,
     embedded_folder,
+    load_companion,
     load_model,
     open_clip,
-    sample_frames,
 )
 from foveate.cli.options import checked_dtype
-from foveate.cli.output import facts, out, print_json, progress, recipe_line, stage_table
+from foveate.cli.output import facts, out, print_json, recipe_line, stage_table
+from foveate.cli.stages import Stages, clock, stages
 from foveate.core import Recipe
+from foveate.core.timeline import TIMED_STAGES
+from foveate.models.companion import Companion
+from foveate.models.scorer import Scorer
+from foveate.video import Clip
 from foveate.view.answer import Answer, ask
 from foveate.view.html import check_destination, save_report
+
+#: What tells how well frames fit the question.
+SCORERS = ("auto", "self", "answer", "companion")
 
 
 @dataclass(frozen=True)
@@ -42,6 +52,11 @@ class Asking:
     compare: bool
     output: Path | None
     as_json: bool
+    scorer: str = "auto"
+    companion: str | None = None
+    isolate: bool = False
+    overlap: bool | None = None
+    chunk: int = 16
 
     def run(self) -> None:
         """Answer the question.
@@ -52,75 +67,133 @@ class Asking:
         dtype = checked_dtype(self.dtype)
         if self.output is not None:
             check_destination(self.output)
+        self._check_scorer()
         made = Recipe.of(self.recipe)
-        with progress(not self.as_json) as tell:
-            tell("decode the clip", 0, 1)
-            if self.model == EMBEDDED:
-                embedded_folder()  # Says what to do where it is missing.
-            clip = open_clip(self.video)
-            taken = sample_frames(clip, self.frames)
-            if self.model == EMBEDDED and len(taken) == 1:
-                raise ValueError(
-                    "the embedded model was trained on clips and cannot look at a single picture "
-                    "or frame; give it a clip, or name another checkpoint with --model."
-                )
-            tell("load the model", 0, 1)
-            model, processor = load_model(self.model, device=self.device, dtype=dtype)
-
-        def answer(recipe: Recipe | None, title: str) -> Answer:
-            chooses = recipe is not None and bool(recipe.at("frames"))
-            budget = self.budget if recipe is not None else {}
-            self._print_title(title)
-            found = ask(
-                model,
-                processor,
-                clip if chooses else taken,
-                self.question,
-                recipe,
-                frames=self.frames,
-                max_new_tokens=self.max_new_tokens,
-                on_text=None if self.as_json else _write,
-                **budget,
+        if self.model == EMBEDDED:
+            embedded_folder()  # Says what to do where it is missing.
+        clip = open_clip(self.video, isolate=self.isolate)
+        if self.model == EMBEDDED and min(self.frames, len(clip)) == 1:
+            raise ValueError(
+                "the embedded model was trained on clips and cannot look at a single picture "
+                "or frame; give it a clip, or name another checkpoint with --model."
             )
+        with stages(not self.as_json) as tell:
+            tell("load", 0, 1)
+            model, processor = load_model(self.model, device=self.device, dtype=dtype)
+            companion = self._companion(processor, dtype)
+            tell("load", 1, 1)
+        scorer = self._scorer(model, processor, companion)
+
+        def answer(recipe: Recipe | None, title: str) -> tuple[Answer, Stages]:
+            self._print_title(title)
+            with stages(not self.as_json) as tell:
+                tell.position = lambda: clip.position
+
+                def write(text: str) -> None:
+                    tell.stop()
+                    if not self.as_json:
+                        sys.stdout.write(text)
+                        sys.stdout.flush()
+
+                found = ask(
+                    model,
+                    processor,
+                    clip,
+                    self.question,
+                    recipe,
+                    frames=self.frames,
+                    max_new_tokens=self.max_new_tokens,
+                    on_text=write,
+                    companion=companion,
+                    scorer=scorer,
+                    progress=tell,
+                    overlap=self.overlap,
+                    chunk=self.chunk,
+                    **(self.budget if recipe is not None else {}),
+                )
             if not self.as_json:
                 print("\n", flush=True)
-            return found
+            return found, tell
 
         untouched = answer(None, "untouched") if self.compare else None
         reduced = answer(made, str(made) if self.compare else "")
+        report = reduced[0].report
         if self.model == EMBEDDED:
-            reduced.report.notes += embedded_notes(processor.tokenizer, self.question, len(taken))
+            shown = reduced[1].totals["decode"]
+            report.notes += embedded_notes(processor.tokenizer, self.question, shown)
         if self.output is not None:
-            title = f"{self.video.name}: {self.question}"
-            save_report(reduced.report, self.output, title=title)
+            save_report(report, self.output, title=f"{self.video.name}: {self.question}")
         if self.as_json:
             self._print_json(reduced, untouched)
         else:
-            self._print_figures(made, reduced, untouched)
+            self._print_figures(made, clip, reduced, untouched)
+
+    def _check_scorer(self) -> None:
+        if self.scorer not in SCORERS:
+            raise ValueError(f"--scorer is one of {', '.join(SCORERS)}, got {self.scorer!r}.")
+        if self.scorer == "companion" and self.companion is None:
+            raise ValueError(
+                "--scorer companion needs one: name a CLIP-like checkpoint with --companion."
+            )
+
+    def _companion(self, processor: Any, dtype: Any) -> Companion | None:
+        if self.companion is None:
+            return None
+        return load_companion(self.companion, processor, device=self.device, dtype=dtype)
+
+    def _scorer(self, model: Any, processor: Any, companion: Companion | None) -> Scorer | None:
+        """None leaves it to `ask`: the companion, else the model itself."""
+        if self.scorer == "self":
+            takes_images = getattr(processor, "image_token", None) is not None
+            return AskingScorer(model, processor, kind="image" if takes_images else "video")
+        if self.scorer == "answer":
+            return AnsweringScorer(model, processor)
+        return companion
 
     def _print_title(self, title: str) -> None:
         if title and not self.as_json:
             out().print(f"[dim]{escape(title)}:[/]")
 
-    def _print_json(self, reduced: Answer, untouched: Answer | None) -> None:
-        document = reduced.as_dict()
+    def _print_json(
+        self, reduced: tuple[Answer, Stages], untouched: tuple[Answer, Stages] | None
+    ) -> None:
+        document = reduced[0].as_dict()
+        document["frames"] = frames_of(reduced[1])
         document["html"] = None if self.output is None else str(self.output)
         if untouched is not None:
-            document["untouched"] = untouched.as_dict()
+            document["untouched"] = untouched[0].as_dict()
             document["untouched"].pop("report")
         print_json(document)
 
-    def _print_figures(self, made: Recipe, reduced: Answer, untouched: Answer | None) -> None:
-        console = out()
-        console.print(recipe_line(made, reduced.report))
-        console.print(stage_table(reduced.report))
+    def _print_figures(
+        self,
+        made: Recipe,
+        clip: Clip,
+        reduced: tuple[Answer, Stages],
+        untouched: tuple[Answer, Stages] | None,
+    ) -> None:
+        console, report = out(), reduced[0].report
+        console.print(recipe_line(made, report))
+        console.print(stage_table(report))
         console.print()
-        console.print(_figures(reduced, untouched))
-        console.print(facts(reduced.report))
-        for note in reduced.report.notes:
+        console.print(_figures([reduced] if untouched is None else [reduced, untouched]))
+        console.print(facts(report))
+        if len(report.items) == 1 and report.items[0].seconds:
+            # Where to look for oneself.
+            times = [clock(seconds) for seconds in report.items[0].seconds]
+            most = times if len(times) <= 32 else [*times[:31], "..."]
+            console.print(
+                f"[dim]frames shown, of {clock(clip.info.duration)}:[/] {', '.join(most)}"
+            )
+        for note in report.notes:
             console.print(f"[dim]note: {escape(note)}[/]")
         if self.output is not None:
             console.print(f"\nwrote [bold]{escape(str(self.output))}[/]")
+
+
+def frames_of(told: Stages) -> dict[str, int]:
+    """Frames that were looked at to choose, and frames that the model was shown."""
+    return {"looked_at": told.totals.get("choose", 0), "shown": told.totals["decode"]}
 
 
 def embedded_notes(tokenizer: Any, question: str, frames: int) -> list[str]:
@@ -140,22 +213,26 @@ def embedded_notes(tokenizer: Any, question: str, frames: int) -> list[str]:
     return notes
 
 
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
-
-
-def _figures(reduced: Answer, untouched: Answer | None) -> Table:
-    table = Table(box=None, show_header=untouched is not None, pad_edge=False, padding=(0, 2, 0, 0))
+def _figures(answers: list[tuple[Answer, Stages]]) -> Table:
+    """Seconds per stage, frames, tokens and memory: one column for each answer."""
+    compared = len(answers) > 1
+    table = Table(box=None, show_header=compared, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("", style="dim")
-    table.add_column("reduced", justify="right")
-    answers = [reduced]
-    if untouched is not None:
-        table.add_column("untouched", justify="right")
-        answers.append(untouched)
-    table.add_row("time to first token", *(duration(a.first_token) for a in answers))
-    table.add_row("tokens per second", *(f"{a.tokens_per_second:.1f}" for a in answers))
-    table.add_row("tokens of the answer", *(count(a.new_tokens) for a in answers))
-    memory = (f"{a.peak_memory / 2**30:.2f} GiB" if a.peak_memory else "unknown" for a in answers)
+    for name in ("reduced", "untouched")[: len(answers)]:
+        table.add_column(name, justify="right")
+    spent = [answer.timeline.seconds() for answer, _ in answers]
+    for stage in TIMED_STAGES:
+        if any(stage in seconds for seconds in spent):
+            cells = (duration(each[stage]) if stage in each else "" for each in spent)
+            table.add_row(f"time to {stage}", *cells)
+    frames = [frames_of(told) for _, told in answers]
+    if any(each["looked_at"] for each in frames):
+        table.add_row("frames looked at", *(count(each["looked_at"]) for each in frames))
+    table.add_row("frames shown", *(count(each["shown"]) for each in frames))
+    found = [answer for answer, _ in answers]
+    table.add_row("time to first token", *(duration(a.file_to_first_token) for a in found))
+    table.add_row("tokens per second", *(f"{a.tokens_per_second:.1f}" for a in found))
+    table.add_row("tokens of the answer", *(count(a.new_tokens) for a in found))
+    memory = (f"{a.peak_memory / 2**30:.2f} GiB" if a.peak_memory else "unknown" for a in found)
     table.add_row("peak memory", *memory)
     return table

@@ -51,6 +51,12 @@ class Clip:
             What it takes and how long is limited, and it may crash without harm to the caller.
         reader: another decoder in place of PyAV; `source` is then not looked at.
 
+    Attributes:
+        info: facts about the video.
+        name: of the file, or what the frames came as.
+        position: seconds of the last frame given out, by whatever request; 0 before the first.
+            For displays of how far a long request is.
+
     Raises:
         VideoError: of the subclass that says what is wrong; see `foveate.errors`.
         MissingDependencyError: the source is a file and PyAV is not installed.
@@ -78,6 +84,7 @@ class Clip:
         self._max_bytes = max_bytes
         self._threads = _checked_threads(threads)
         self._timeout = timeout
+        self.position = 0.0
         self._pixels_TCHW: Tensor | None = None if reader else pixels_from(source)
         self._reader: Reader | IsolatedReader | None = reader
         if self._pixels_TCHW is not None:
@@ -323,6 +330,7 @@ class Clip:
             if shown != rank
         }
         damage = Damage(len(ranks), replaced, filled.suspect, self.info.lost_frames)
+        self.position = float(self._table.seconds_F[ranks[-1]])
         pixels: Any = filled.pixels_nCHW
         return Frames(
             torch.from_numpy(pixels) if isinstance(pixels, np.ndarray) else pixels,
