@@ -130,6 +130,11 @@ def test_the_options_are_frozen() -> None:
             *("--out", "--random", "--retain", "--samples", "--seed", "--suite", "--trials"),
             *("-m", "-o", "recipe"),
         ],
+        "watch": [
+            *("--answers", "--behind", "--capacity", "--device", "--dtype", "--every", "--format"),
+            *("--fps", "--growing", "--json", "--max-new-tokens", "--model", "--recipe"),
+            *("--retain", "--timeout", "--tokens", "-m", "-r", "question", "source"),
+        ],
         "world": [
             *("--clips", "--events", "--first", "--format", "--fps", "--frames", "--json"),
             *("--letterbox", "--masks", "--minutes", "--natural", "--seed", "--size"),

@@ -24,6 +24,7 @@ from foveate.cli.output import (
 )
 from foveate.cli.training import train_app
 from foveate.cli.tuning import tune_command
+from foveate.cli.watch_options import watch_command
 from foveate.cli.worlding import world_command
 
 app = typer.Typer(
@@ -308,6 +309,7 @@ def ask_command(
 
 app.command("bench")(bench_command)
 app.command("tune")(tune_command)
+app.command("watch")(watch_command)
 app.command("world")(world_command)
 app.add_typer(train_app, name="train")
 

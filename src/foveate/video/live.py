@@ -111,7 +111,9 @@ class Live(Iterator[Frames]):
             raise FrameRequestError(f"threads must be 0 (one per core) or more, got {threads}")
         check_format(format)
         given = checked_options(options)
+        scaled = _checked_size(size)
         self._chunk = chunk
+        self._thread: threading.Thread | None = None
         self._target = _target(source, growing, timeout, format, given, tuple(protocols))
         self.name = _name_of(source)
         is_remote = isinstance(self._target, Address)
@@ -119,7 +121,7 @@ class Live(Iterator[Frames]):
             Settings(
                 name=self.name,
                 fps=fps,
-                size=_checked_size(size),
+                size=scaled,
                 ahead=ahead,
                 drops=is_remote if behind is None else behind == "drop_oldest",
                 timeout=float(timeout),
@@ -130,7 +132,6 @@ class Live(Iterator[Frames]):
                 options=given,
             )
         )
-        self._thread: threading.Thread | None = None
 
     @property
     def report(self) -> LiveReport:
@@ -165,11 +166,16 @@ class Live(Iterator[Frames]):
         The thread lets go of a file or pipe at once, and of an address when its read returns, after
         `timeout` seconds at most.
         """
+        self._let_go()
+        if self._thread is not None and isinstance(self._target, ForwardFile):
+            self._thread.join(1.0)
+
+    def _let_go(self) -> None:
         self._feed.close()
         if isinstance(self._target, ForwardFile):
             self._target.close()
-        if self._thread is not None and isinstance(self._target, ForwardFile):
-            self._thread.join(1.0)
+            if self._thread is None:
+                self._target.release()
 
     def __enter__(self) -> Live:
         return self
@@ -184,9 +190,7 @@ class Live(Iterator[Frames]):
 
     def __del__(self) -> None:
         with suppress(Exception):
-            self._feed.close()
-            if isinstance(self._target, ForwardFile):
-                self._target.close()
+            self._let_go()
 
     def __repr__(self) -> str:
         return f"Live({self.name!r}, {self.report.summary})"

@@ -44,7 +44,11 @@ class Bytes(Protocol):
         ...
 
     def close(self) -> None:
-        """Wake whoever waits, and let go; safe from any thread."""
+        """Wake whoever waits; safe from any thread."""
+        ...
+
+    def release(self) -> None:
+        """Let go of the file, when nobody reads any more."""
         ...
 
 
@@ -125,8 +129,12 @@ class ForwardFile:
             at += size
 
     def close(self) -> None:
-        """Wake whoever reads, and let go."""
+        """Wake whoever reads."""
         self.source.close()
+
+    def release(self) -> None:
+        """Let go of the file, when nobody reads any more."""
+        self.source.release()
 
 
 class GrowingFile:
@@ -169,8 +177,12 @@ class GrowingFile:
         return b""
 
     def close(self) -> None:
-        """Wake whoever waits. The file is closed with this object, not under a reader's feet."""
+        """Wake whoever waits."""
         self._closed.set()
+
+    def release(self) -> None:
+        """Close the file; under a reader's feet it must not be."""
+        self._file.close()
 
 
 class PipeBytes:
@@ -249,9 +261,11 @@ class PipeBytes:
         """Wake whoever waits."""
         self._closed.set()
 
-    def __del__(self) -> None:
-        if self.__dict__.get("_is_ours") and self.__dict__.get("_fd") is not None:
-            os.close(self._fd)  # type: ignore[arg-type]
+    def release(self) -> None:
+        """Close a named pipe; a file object is its owner's."""
+        fd, self._fd = self._fd, None
+        if self._is_ours and fd is not None:
+            os.close(fd)
 
 
 def _waitable(file: Any) -> int | None:

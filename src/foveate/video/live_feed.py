@@ -221,7 +221,7 @@ def run(feed: Feed, target: ForwardFile | Address) -> None:
                 feed.ended = getattr(feed.error, "reason", str(feed.error))
     finally:
         if isinstance(target, ForwardFile):
-            target.close()
+            target.release()
         with feed.news:
             feed.is_over = True
             feed.news.notify_all()
