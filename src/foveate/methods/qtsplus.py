@@ -85,7 +85,8 @@ class QTSplus(Method):
     Args:
         weights: a safetensors file with tensors named as released; None: the training-free half.
         head_dim: channels of an attention head of the weights, 128 in Qwen2.5-VL.
-        rho_min, rho_max: least and largest fraction that the budget head may keep.
+        rho_min: least fraction that the budget head may keep.
+        rho_max: largest one.
         n_max: tokens that it keeps at most.
         reencode: apply the re-encoding layers of the weights.
         time: add an embedding of the frame's number before that, as the paper describes and the
