@@ -12,11 +12,13 @@ if TYPE_CHECKING:
     from foveate.view.evidence_sheet import draw_evidence
     from foveate.view.html import render_report, save_report
     from foveate.view.show import show_video
+    from foveate.view.thinking import ThoughtfulAnswer, think
 
 # Resolved at first use: help texts and charts need neither torch nor Pillow.
 _LAZY = {
     "Answer": "foveate.view.answer",
     "Encoder": "foveate.view.encoders",
+    "ThoughtfulAnswer": "foveate.view.thinking",
     "ask": "foveate.view.answer",
     "draw_evidence": "foveate.view.evidence_sheet",
     "draw_item": "foveate.view.draw",
@@ -25,11 +27,13 @@ _LAZY = {
     "render_report": "foveate.view.html",
     "save_report": "foveate.view.html",
     "show_video": "foveate.view.show",
+    "think": "foveate.view.thinking",
 }
 
 __all__ = [
     "Answer",
     "Encoder",
+    "ThoughtfulAnswer",
     "ask",
     "draw_evidence",
     "draw_item",
@@ -38,6 +42,7 @@ __all__ = [
     "render_report",
     "save_report",
     "show_video",
+    "think",
 ]
 
 
