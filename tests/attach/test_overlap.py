@@ -5,6 +5,7 @@ Legend: L tokens of a prompt, T frames.
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -602,12 +603,14 @@ def test_another_question_is_asked_of_the_same_cache(family: str, recipe: str | 
     with pipeline(family, recipe) as read:
         read.run()
         first = generated(family, read.inputs)
-        ids = read.prompt.ids_1L.clone()
+        inputs = inputs_of(family)
+        ids = inputs["input_ids"].clone()
         ids[0, -3:] = torch.tensor([41, 42, 43])
-        other = generated(family, read.inputs_for(ids))
-        again = generated(family, read.inputs_for(read.prompt.ids_1L))
+        prompt = ChunkedPrompt.of(model_of(family), {**inputs, "input_ids": ids}, 8, 4)
+        other = generated(family, read.inputs_for(prompt))
+        again = generated(family, read.inputs_for(read.prompt))
         with pytest.raises(ValueError, match="only what stands behind the video may change"):
-            read.inputs_for(ids.flip(1))
+            read.inputs_for(dataclasses.replace(prompt, ids_1L=ids.flip(1)))
     assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
     assert not torch.allclose(first[1], other[1])
 

@@ -77,7 +77,8 @@ class OverlappedPrefill:
 
     Attributes:
         cache: keys and values so far.
-        inputs: for `model.generate`: the whole prompt, its mask, and the cache.
+        inputs: for `model.generate`: the whole prompt, its mask, the cache, and with M-RoPE the
+            positions.
         report: the account of all chunks together, once `run()` is done.
         most_alive: most chunks that were decoded and not yet prefilled at one time.
 
@@ -137,27 +138,21 @@ class OverlappedPrefill:
     @property
     def inputs(self) -> dict[str, Any]:
         """For `generate`, which prefills the text behind the video and goes on from there."""
-        ids = self.prompt.ids_1L
-        return {
-            "input_ids": ids,
-            "attention_mask": torch.ones_like(ids),
-            "past_key_values": self.cache,
-        }
+        return self._inputs(self.prompt)
 
-    def inputs_for(self, ids_1L: Tensor) -> dict[str, Any]:
+    def inputs_for(self, prompt: ChunkedPrompt) -> dict[str, Any]:
         """`inputs` of another prompt with the same video and another text behind it.
 
         What came behind the video so far (an earlier question and its answer) leaves the cache.
 
         Args:
-            ids_1L: int64 [1, L'], equal to the first prompt up to the last visual token.
+            prompt: equal to the first one up to the last visual token.
 
         Raises:
             ValueError: it is not.
         """
         known = self.prompt.columns[-1][1]
-        ids_1L = ids_1L.to(self.prompt.ids_1L.device)
-        if not torch.equal(ids_1L[:, :known], self.prompt.ids_1L[:, :known]):
+        if not torch.equal(prompt.ids_1L[:, :known], self.prompt.ids_1L[:, :known]):
             raise ValueError(
                 f"The new prompt differs from the old one within its first {known} tokens, which "
                 "hold the video; only what stands behind the video may change."
@@ -165,13 +160,22 @@ class OverlappedPrefill:
         behind = self.cache.get_seq_length() - known
         if behind > 0:
             self.cache.crop(-behind)
-        if self.prompt.rope_deltas is not None:
-            self.base.rope_deltas = self.prompt.rope_deltas
-        return {
-            "input_ids": ids_1L,
-            "attention_mask": torch.ones_like(ids_1L),
+        return self._inputs(prompt)
+
+    def _inputs(self, prompt: ChunkedPrompt) -> dict[str, Any]:
+        ids = prompt.ids_1L
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
             "past_key_values": self.cache,
         }
+        if prompt.rope_deltas is not None:
+            # Of the full prompt, row of the text first: told by deltas alone, transformers would
+            # number the text behind a video otherwise than in one go.
+            text_11L = torch.arange(ids.shape[1], device=ids.device)[None, None]
+            inputs["position_ids"] = torch.cat([text_11L, prompt.position_P1L])
+            self.base.rope_deltas = prompt.rope_deltas
+        return inputs
 
     # -- running --------------------------------------------------------------------------------
 
@@ -194,8 +198,6 @@ class OverlappedPrefill:
                 raise AttachmentError(
                     f"The prompt has {len(self.prompt)} chunks, {self._read} came."
                 )
-            if self.prompt.rope_deltas is not None:
-                self.base.rope_deltas = self.prompt.rope_deltas
             self.report = self._joiner.report(self.notes)
             done = True
         finally:

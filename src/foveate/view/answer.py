@@ -273,7 +273,7 @@ def _chosen(
             question,
             frames,
             scorer=scorer or own_scorer(model, processor),
-            tokens_per_frame=tokens and _tokens_per_frame(model, processor, clip, frames),
+            tokens_per_frame=tokens and tokens_per_frame(model, processor, clip, frames),
             progress=lambda done, total: tell("choose", done, total),
             **budget,
         )
@@ -290,7 +290,7 @@ def _prepared(
     return {k: _placed(v, parameter) for k, v in inputs.items() if isinstance(v, torch.Tensor)}
 
 
-def _tokens_per_frame(model: nn.Module, processor: Any, clip: Clip, frames: int) -> float:
+def tokens_per_frame(model: nn.Module, processor: Any, clip: Clip, frames: int) -> float:
     """Visual tokens of a frame of this clip, counted on as many black ones."""
     num = min(frames, len(clip))
     pixels = torch.zeros(num, 3, clip.info.height, clip.info.width, dtype=torch.uint8)

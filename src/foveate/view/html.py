@@ -15,6 +15,7 @@ from foveate.core.report import ItemReport, Report, merge_layers
 from foveate.view.charts import flops_chart, layers_chart, seconds_chart
 from foveate.view.evidence import colour_tables
 from foveate.view.item import item_section
+from foveate.view.timeline import timeline_chart
 
 #: Bytes that all pictures of a report may take as text; a report of any length stays below 3 MB.
 PICTURE_BYTES = 2_100_000
@@ -206,7 +207,7 @@ def _tools() -> str:
 
 
 def _panels(report: Report) -> str:
-    panels = []
+    panels = [_panel("Timeline", timeline_chart(report.timeline), "wide")]
     if report.stages:
         panels.append(_panel("Tokens by stage", _stage_table(report), "wide"))
     for sample, lengths in enumerate(report.layer_lengths):

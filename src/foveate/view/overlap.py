@@ -85,9 +85,8 @@ class Prefill:
 
     def inputs_for(self, question: str) -> dict[str, Any]:
         """The same for another question about the clip, which is not read again."""
-        return self.engine.inputs_for(
-            self._preparer.prompt(self.seconds, self.index_T, question)["input_ids"]
-        )
+        inputs = self._preparer.prompt(self.seconds, self.index_T, question)
+        return self.engine.inputs_for(_cut(self.engine.model, inputs, self.engine.prompt.frames))
 
     def close(self) -> None:
         """Take the recipe off the model; calling it twice does no harm."""
@@ -203,15 +202,14 @@ def open_prefill(
     evidence: bool = True,
 ) -> Prefill:
     """A `Prefill` of chosen frames that has not begun to read."""
+    video_adapter(model)
     tell = progress or no_progress
     timeline = Timeline() if timeline is None else timeline
     size = (clip.info.height, clip.info.width)
     preparer = ChunkPreparer(processor, len(index), size)
     index_T = torch.tensor(index)
     inputs = preparer.prompt(clip.seconds[index_T], index_T, question)
-    device = next(model.parameters()).device
-    text = {name: _moved(value, device) for name, value in inputs.items()}
-    prompt = ChunkedPrompt.of(model, text, len(index), chunk)
+    prompt = _cut(model, inputs, [(0, min(chunk, len(index))), (0, len(index))])
     step = prompt.frames[0][1]
     # One chunk in the making and none beside it: the engine's own queue is what waits.
     chunks = DecodedChunks(clip, index, timeline, tell, step, ahead=0)
@@ -236,9 +234,14 @@ def open_prefill(
     return Prefill(engine, preparer, clip, index, plan, recipe)
 
 
-def _moved(value: Tensor, device: torch.device) -> Tensor:
+def _cut(
+    model: nn.Module, inputs: dict[str, Tensor], frames: Sequence[tuple[int, int]]
+) -> ChunkedPrompt:
+    """The prompt on the model's device, with chunks as long as the first of `frames`."""
+    device = next(model.parameters()).device
     # Pixels of the prompt are shapes alone: moving them would fill the device with zeros.
-    return value if value.is_floating_point() else value.to(device)
+    text = {k: v if k.startswith("pixel_values") else v.to(device) for k, v in inputs.items()}
+    return ChunkedPrompt.of(model, text, frames[-1][1], frames[0][1])
 
 
 def can_overlap(
