@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from foveate.view.answer import ask
     from foveate.view.overlap import prefill
     from foveate.view.streaming import Stream
+    from foveate.view.thinking import think
 
 __version__ = "0.1.0"
 
@@ -68,6 +69,7 @@ _LAZY = {
     "reduce": "foveate.attach",
     "register_adapter": "foveate.models.registry",
     "register_method": "foveate.core",
+    "think": "foveate.view.thinking",
 }
 
 __all__ = [
@@ -99,6 +101,7 @@ __all__ = [
     "reduce",
     "register_adapter",
     "register_method",
+    "think",
 ]
 
 

@@ -178,6 +178,7 @@ def test_public_api_is_frozen() -> None:
         "reduce",
         "register_adapter",
         "register_method",
+        "think",
     ]
     for name in foveate.__all__:
         assert getattr(foveate, name) is not None
