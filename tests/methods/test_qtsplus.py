@@ -352,6 +352,9 @@ def test_half_precision_weights_follow_the_features(weights) -> None:
         reduction = QTSplus(weights, head_dim=4).projector(tokens, context)
     assert reduction is not None and reduction.features_BMD.dtype == torch.bfloat16
     assert bool(reduction.features_BMD.isfinite().all())
+    gate = QTSplus(weights, head_dim=4)._gate(tokens.x_BND)
+    assert gate.scoring_layers[0].q_proj.weight.dtype == torch.bfloat16
+    assert gate.budget.mlp[0].weight.equal(make().budget.mlp[0].weight), "not rounded"
 
 
 def test_a_rewritten_file_is_read_again(weights) -> None:

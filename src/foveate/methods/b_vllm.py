@@ -321,7 +321,7 @@ class BVLLM(Method):
 
     def _video(self, x_TLD: torch.Tensor, keep: int, context: ProjectorContext) -> Reduction:
         T, L = x_TLD.shape[:2]
-        frames = self._mix(T, self.num_rows(T, L, keep), context, x_TLD.device)
+        frames = self._mix(self.num_rows(T, L, keep), context, x_TLD.device)
         y_KLD = frames.apply(x_TLD.flatten(1)[None])[0].unflatten(1, (L, -1))
         links_K = ops.duplicate_links(
             row_similarity(y_KLD, self.compare),
@@ -336,11 +336,9 @@ class BVLLM(Method):
         )
         return self._spread(rows, y_RLD, keep, context.grid)
 
-    def _mix(
-        self, num_frames: int, num_rows: int, context: ProjectorContext, device: torch.device
-    ) -> Reduction:
+    def _mix(self, num_rows: int, context: ProjectorContext, device: torch.device) -> Reduction:
         """The frames of every row and their weights, as a merge of T frames into K rows."""
-        score_T = context.signal("text.frame_similarity")[0].double().cpu()
+        score_T = context.signal("text.frame_similarity")[0].cpu().double()
         spread = score_T.std(correction=0).clamp(min=1e-6)
         logits_T = (score_T - score_T.mean()) / spread
         if self.noise:

@@ -67,7 +67,9 @@ def _load(
     except SafetensorError as error:
         raise ValueError(f"qtsplus: {path} is no safetensors file: {error}") from error
     gate = QueryGate.from_tensors(tensors, head_dim, rho=rho, most=most)
-    gate.requires_grad_(False).to(device, dtype)
+    gate.requires_grad_(False).to(device)
+    for layer in (*gate.scoring_layers, *gate.reencode_layers):
+        layer.to(dtype)
     # Numbers, not features: bfloat16 would round the entropy of a long video to a few steps.
     gate.budget.float()
     return gate
