@@ -47,6 +47,23 @@ MEMORIES: dict[str, dict[str, Any]] = {
 }
 
 
+#: Rows of the second table: clips that every question calls back, of 16 frames of 16 tokens.
+RECALLS: dict[str, dict[str, int]] = {
+    "4 of 8 clips of 2 frames, 16 tokens a frame": {
+        "clip_frames": 2,
+        "clips": 4,
+        "frame_tokens": 16,
+    },
+    "2 of 8 clips of 2 frames, 16 tokens a frame": {
+        "clip_frames": 2,
+        "clips": 2,
+        "frame_tokens": 16,
+    },
+    "all 8 clips of 2 frames, 4 tokens a frame": {"clip_frames": 2, "clips": 8, "frame_tokens": 4},
+    "1 of 4 clips of 4 frames, 4 tokens a frame": {"clip_frames": 4, "clips": 1, "frame_tokens": 4},
+}
+
+
 def clips(count: int, split: str) -> Iterator[tuple[torch.Tensor, Any]]:
     """Frames [T, 3, H, W] and questions of generated clips."""
     world = World(seed=0, split=split, frames=16)
@@ -70,6 +87,22 @@ def accuracy(model: Any, processor: Any, count: int, split: str) -> None:
                     right += is_correct(reply, question.answer, question.options)
                     total += 1
         print(f"| {name} | {slots} | {total} | {wilson(right, total)} |", flush=True)
+
+
+def recalled(model: Any, processor: Any, count: int, split: str) -> None:
+    """One row per way of calling back."""
+    print("| Called back | Visual tokens read | Questions | Right |\n| --- | ---: | ---: | ---: |")
+    for name, options in RECALLS.items():
+        right = total = tokens = 0
+        for frames, questions in clips(count, split):
+            with foveate.Stream(model, processor, "video_streaming", **options) as stream:
+                stream.push(frames)
+                for question in questions:
+                    answer = stream.ask(question.text, max_new_tokens=6)
+                    tokens = len(answer.seconds) * options["frame_tokens"]
+                    right += is_correct(answer.text, question.answer, question.options)
+                    total += 1
+        print(f"| {name} | {tokens} | {total} | {wilson(right, total)} |", flush=True)
 
 
 def endless(model: Any, processor: Any, frames: int) -> None:
@@ -98,9 +131,14 @@ if __name__ == "__main__":
     parser.add_argument("--clips", type=int, default=20)
     parser.add_argument("--split", default="test")
     parser.add_argument("--frames", type=int, default=2048)
+    parser.add_argument("--only", choices=["memories", "recall", "endless"])
     given = parser.parse_args()
     torch.set_num_threads(1)
     embedded, its_processor = foveate.embedded()
     embedded.float().eval()
-    accuracy(embedded, its_processor, given.clips, given.split)
-    endless(embedded, its_processor, given.frames)
+    if given.only in (None, "memories"):
+        accuracy(embedded, its_processor, given.clips, given.split)
+    if given.only in (None, "recall"):
+        recalled(embedded, its_processor, given.clips, given.split)
+    if given.only in (None, "endless"):
+        endless(embedded, its_processor, given.frames)
