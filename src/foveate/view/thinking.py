@@ -17,7 +17,7 @@ from foveate.checkpoints import own_scorer
 from foveate.core import Method, Recipe
 from foveate.video import Clip, Frames
 from foveate.video.part import ClipPart, split_clip
-from foveate.view.answer import Answer, _tokens_per_frame, ask
+from foveate.view.answer import Answer, ask, tokens_per_frame
 
 #: What a part is asked; the wording is ours.
 SUMMARISE = (
@@ -249,7 +249,7 @@ def _shown(
         scorer=scorer or companion or own_scorer(model, processor),
         retain=retain,
         tokens=tokens,
-        tokens_per_frame=tokens and _tokens_per_frame(model, processor, whole, frames),
+        tokens_per_frame=tokens and tokens_per_frame(model, processor, whole, frames),
     )
 
 
