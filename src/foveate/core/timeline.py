@@ -97,7 +97,10 @@ class Timeline:
         return _covered((span.start, span.stop) for span in self.spans)
 
     def overlap(self) -> float:
-        """Seconds saved by stages that worked at the same time: their sum less `busy`."""
+        """Seconds of work that were done beside other stages: the sum of stages less `busy`.
+
+        No more than that is saved, and less where stages share cores and slow each other down.
+        """
         return sum(self.seconds().values()) - self.busy()
 
     def total(self) -> float:

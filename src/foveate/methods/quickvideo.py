@@ -68,12 +68,14 @@ def prune_keys(
 class QuickVideo(Method):
     """QuickVideo's cache stage: in every layer and group of frames, small key norms stay.
 
-    One choice per layer, shared by its key heads. Hidden states are not pruned: every layer still
-    computes all tokens of the prompt, and later tokens attend to fewer.
+    `foveate.ask` and `foveate.prefill` read the clip group by group with it, as published; then a
+    group is their chunk. One choice per layer, shared by its key heads. Hidden states are not
+    pruned: every layer still computes all tokens of the prompt, and later tokens attend to fewer.
 
     Args:
         group_frames: frames of a group as the language model sees them (a temporal patch of two
-            frames counts once).
+            frames counts once), at most; a prompt that is read chunk by chunk has a group per
+            chunk.
         score: "key_norms_small", or "value_norms" (large ones stay).
         top_k: most entries of a group, beside the budget.
         decay: how the number kept shrinks with depth: "none", "linear" or "exponential".
@@ -121,10 +123,14 @@ class QuickVideo(Method):
             "85.2 / 90.6 / 97.1 / 99.6 %",
         ),
         notes=(
-            "Only the cache stage so far. Parallel decoding, prefill group by group and their "
-            "overlap are part of the system and will join this class.",
-            "The prompt is prefilled in one go: tokens of later groups attend to all earlier ones, "
-            "in the published system to those that stayed. Decoding is the same.",
+            'The whole system is `foveate.ask(..., "quickvideo")` and `foveate.prefill`: parallel '
+            "decoding, prefill group by group with the past that stayed, and the overlap of both; "
+            "a group is their chunk.",
+            "On a model that is called by other means the prompt is prefilled in one go: tokens of "
+            "later groups attend to all earlier ones. What stays of the first group is the same.",
+            "The released code's score by the attention of the question (query_attention_weights) "
+            "is missing: it scored below key norms in the paper and reads the question with every "
+            "group.",
             "Text is never dropped; the released code also prunes the system prompt.",
             "The released example keeps 64 entries of every 16 frames, far less than the published "
             "0.5; top_k=64 gives that.",

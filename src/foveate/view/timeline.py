@@ -48,14 +48,14 @@ def describe_timeline(timeline: Timeline) -> str:
         >>> line.add("decode", 0.0, 2.0, part=0)
         >>> line.add("encode", 1.5, 3.0, part=0)
         >>> print(describe_timeline(line))
-        3.00 s in all, one stage after another 3.50 s: 500 ms overlapped.
+        3.00 s in all; the stages were at work for 3.50 s, 500 ms of it side by side.
     """
     total, saved = timeline.total(), timeline.overlap()
     chunks = {span.part for span in timeline.spans if span.part >= 0}
     words = f"{duration(total)} in all"
     if saved > 1e-3 * total:
-        words += f", one stage after another {duration(total + saved)}"
-        words += f": {duration(saved)} overlapped"
+        words += f"; the stages were at work for {duration(sum(timeline.seconds().values()))}"
+        words += f", {duration(saved)} of it side by side"
     elif len(timeline.seconds()) > 1:
         words += ", one stage after another"
     if len(chunks) > 1:
