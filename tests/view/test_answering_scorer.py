@@ -40,10 +40,11 @@ QUESTION = "where is the red star?"
 @pytest.mark.parametrize("confidence", ["logit", "probability", "margin", "rise"])
 def test_values_belong_to_frames(embedded, confidence) -> None:
     frames = pixels(5)
-    together = AnsweringScorer(*embedded, repeat=2, confidence=confidence, batch=3)
+    options = {"repeat": 2, "shortlist": 1.0, "confidence": confidence}
+    together = AnsweringScorer(*embedded, **options, batch=3)
     value = together.relevance(frames, QUESTION)
     assert value.shape == (5,) and value.dtype == torch.float32 and value.isfinite().all()
-    alone = AnsweringScorer(*embedded, repeat=2, confidence=confidence, batch=1)
+    alone = AnsweringScorer(*embedded, **options, batch=1)
     torch.testing.assert_close(value, alone.relevance(frames, QUESTION), atol=1e-4, rtol=1e-4)
     turned = together.relevance(frames.flip(0), QUESTION).flip(0)
     torch.testing.assert_close(value, turned, atol=1e-4, rtol=1e-4)
@@ -52,11 +53,25 @@ def test_values_belong_to_frames(embedded, confidence) -> None:
 
 
 def test_frames_of_a_window_share_a_value(embedded) -> None:
-    scorer = AnsweringScorer(*embedded, window=2, repeat=2)
+    scorer = AnsweringScorer(*embedded, window=2, repeat=2, shortlist=1.0)
     value = scorer.relevance(pixels(5), QUESTION)
     assert value[0] == value[1] != value[2] == value[3]
     last = AnsweringScorer(*embedded, window=1, repeat=4).relevance(pixels(5)[4:], QUESTION)
     torch.testing.assert_close(value[4:], last, atol=1e-4, rtol=1e-4)
+
+
+def test_a_shortlist_gets_a_second_look(embedded) -> None:
+    frames = pixels(8)
+    every = AnsweringScorer(*embedded, repeat=4, shortlist=1.0).relevance(frames, QUESTION)
+    once = AnsweringScorer(*embedded, repeat=1, confidence="probability")
+    first = once.relevance(frames, QUESTION)
+    value = AnsweringScorer(*embedded, repeat=4, shortlist=0.3).relevance(frames, QUESTION)
+    best = first.topk(3).indices
+    torch.testing.assert_close(value[best], every[best], atol=1e-4, rtol=1e-4)
+    others = torch.ones(8, dtype=torch.bool)
+    others[best] = False
+    assert value[others].max() < value[best].min()
+    assert torch.equal(value[others].argsort(), first[others].argsort())
 
 
 def test_other_families_can_be_asked(tiny) -> None:
@@ -70,6 +85,9 @@ def test_bad_values_are_named(embedded) -> None:
         for bad in (0, 1.5, True):
             with pytest.raises(ValueError, match=f"{name} must be a whole number"):
                 AnsweringScorer(*embedded, **{name: bad})
+    for bad in (0.0, 1.5):
+        with pytest.raises(ValueError, match="shortlist is a fraction"):
+            AnsweringScorer(*embedded, shortlist=bad)
     with pytest.raises(ValueError, match="confidence must be one of"):
         AnsweringScorer(*embedded, confidence="faith")
     with pytest.raises(ValueError, match="question is empty"):

@@ -225,7 +225,8 @@ def _stretched(frames: Frames, count: int) -> Frames:
 def _times(frames: Frames) -> SimpleNamespace:
     """At one frame per second an index is a time, whatever the clip's own rate."""
     seconds = frames.seconds.tolist()
-    rate = (len(seconds) - 1) / max(seconds[-1] - seconds[0], 1e-6)
+    # One frame alone has no rate, and processors divide by it.
+    rate = (len(seconds) - 1) / max(seconds[-1] - seconds[0], 1e-6) if len(seconds) > 1 else 1.0
     return SimpleNamespace(fps=1.0, frames_indices=seconds, sampled_fps=rate)
 
 
