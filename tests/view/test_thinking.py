@@ -213,3 +213,20 @@ def test_parts_can_be_decoded_while_they_are_read(onevision: Any) -> None:
         **options,
     )
     assert len(chosen.thoughts) == 2
+
+
+def test_a_count_of_tokens_is_spent_on_frames(onevision: Any) -> None:
+    # 9 tokens a frame (6 x 6 patches, pooled two by two) and a newline.
+    found = think(
+        *onevision,
+        clip(),
+        QUESTION,
+        "f2c@frames",
+        tokens=19,
+        frames=4,
+        scorer=Late(),
+        thought_tokens=1,
+        max_new_tokens=1,
+    )
+    answers = [*(thought.answer for thought in found.thoughts), found]
+    assert [len(answer.report.items[0].seconds or ()) for answer in answers] == [2, 2, 2]
