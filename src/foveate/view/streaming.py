@@ -105,11 +105,13 @@ class Stream:
         model: LLaVA, LLaVA-NeXT-Video, LLaVA-OneVision, Video-LLaVA, Qwen2-VL or Qwen2.5-VL of
             transformers, under the attention "sdpa" or "eager".
         processor: its processor.
-        recipe: a method with a memory ("videoscan"), methods of the encoder and projector stages
-            that shorten every group of frames ("divprune"), or both joined by +. Without a memory
-            of its own, and for None, a stream remembers all tokens of the most recent frames.
+        recipe: a method with a memory ("videoscan"; "video_streaming", whose clips a question
+            calls back), methods of the encoder and projector stages that shorten every group of
+            frames ("divprune"), or both joined by +. Without a memory of its own, and for None, a
+            stream remembers all tokens of the most recent frames.
         capacity: frames (pairs of them for Qwen-VL) at which the memory is full (of "videoscan"
-            one less is left, as published); None: the method's own, 64 for the most recent frames.
+            one less is left, as published); clips for "video_streaming"; None: the method's own, 64
+            for the most recent frames.
         retain: fraction of every group's tokens that the shortening methods keep, in (0, 1].
         tokens: absolute count per group instead.
         group: most frames that are read in one go; results do not depend on it, but for methods
