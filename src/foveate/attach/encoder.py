@@ -26,9 +26,15 @@ from torch import nn
 
 from foveate.attach.encoder_attention import rewrite_hook, rewriting
 from foveate.attach.encoder_run import EncoderRun, acts_at, checked_carry, states_left
-from foveate.attach.gating import entering, fill, gate, latest, pixels_of, plane_of
-from foveate.attach.noting import encoder_notebook, patches_notebook
-from foveate.attach.packing import Packing
+from foveate.attach.gating import (
+    GateSettings,
+    bring_back,
+    pack,
+    pass_gates,
+    pixels_of,
+    plane_of,
+)
+from foveate.attach.noting import encoder_notebook
 from foveate.attach.single import OfOneModel
 from foveate.attach.tower_tap import TowerTap
 from foveate.core import (
@@ -38,7 +44,6 @@ from foveate.core import (
     Grid,
     Method,
     Notebook,
-    PatchesContext,
     Reduction,
     Stage,
     Tokens,
@@ -293,7 +298,7 @@ class EncoderStage(OfOneModel):
                 y_BND, changed = run.packing.unpack(y_BND), True
                 run.packing = None
             if self.restore and index == self.tower.feature_block and run.reduction is not None:
-                y_BND, changed = self._restored(run, y_BND), True
+                y_BND, changed = bring_back(run, y_BND), True
                 run.restored = True
             if not changed:
                 return None
@@ -326,7 +331,7 @@ class EncoderStage(OfOneModel):
             begin = time.perf_counter()
             shape = (x_BND.shape[0], x_BND.shape[1])
             context = self._context(run, number, method, index, captured, shape, point)
-            tokens = Tokens(x_BND) if run.tokens is None else _with_features(run.tokens, x_BND)
+            tokens = Tokens(x_BND) if run.tokens is None else replace(run.tokens, x_BND=x_BND)
             with torch.no_grad():
                 reduction = method.encoder(tokens, context)
             for name, value_BP in context.carried.items():
@@ -340,7 +345,7 @@ class EncoderStage(OfOneModel):
             run.seconds += time.perf_counter() - begin
         if changed:
             run.captured = None
-            self._pack(run)
+            pack(run)
         if run.packing is not None:
             x_BND = run.packing.pack(x_BND)
         return x_BND, changed or packing is not None
@@ -377,50 +382,11 @@ class EncoderStage(OfOneModel):
         )
 
     def _gate(self, run: EncoderRun, x_BND: torch.Tensor) -> torch.Tensor:
-        """The patches stage: what enters the first block, in rows without padding."""
-        assert run.pixels is not None
-        begin, prefix = time.perf_counter(), self.tower.num_prefix
-        enters_BP = None
-        for number, method in self.gates:
-            if self.budget(number).is_full:
-                continue
-            shape = (run.num_images, run.num_tokens - prefix)
-            context = PatchesContext(
-                self.budget(number),
-                method.name,
-                self.seed,
-                notebook=patches_notebook(run.notes, shape) if self.evidence else None,
-                stages=self.stages.get(number, ()),
-                pixels_B3HW=run.pixels,
-                patch_size=self.tower.patch_size,
-                num_prefix=prefix,
-                layouts=self.layouts,
-            )
-            found_BP = entering(method, context, shape[1])
-            for name, value_BP in context.carried.items():
-                run.carried[number, name] = checked_carry(run, method, name, value_BP)
-            if found_BP is not None:
-                enters_BP = found_BP if enters_BP is None else enters_BP & found_BP
-        run.pixels = None
-        if enters_BP is not None and not bool(enters_BP.all()):
-            # A method inside the encoder, or whoever reads the short output, expects every image.
-            skip_empty = self.restore and not self.steps
-            run.entered = gate(enters_BP, prefix, skip_empty)
-            run.tokens = Tokens(x_BND).reduce(run.entered)
-            run.reduction = run.tokens.reduction
-            x_BND = run.tokens.x_BND
-            self._pack(run)
-            if run.packing is not None:
-                x_BND = run.packing.pack(x_BND)
-        run.seconds += time.perf_counter() - begin
-        return x_BND
-
-    @staticmethod
-    def _pack(run: EncoderRun) -> None:
-        """Let images share rows where the patches stage has made them differ in length."""
-        if run.entered is not None and run.tokens is not None:
-            mask_BM = run.tokens.mask_BN
-            run.packing = None if mask_BM is None else Packing.of(mask_BM)
+        settings = GateSettings(
+            self.budget, self.tower, self.seed, self.evidence, self.stages, self.layouts
+        )
+        # A method inside the encoder, or whoever reads the short output, expects every image.
+        return pass_gates(run, x_BND, self.gates, settings, self.restore and not self.steps)
 
     def _notebook(self, run: EncoderRun, index: int, shape: tuple[int, int]) -> Notebook | None:
         if not self.evidence:
@@ -440,22 +406,9 @@ class EncoderStage(OfOneModel):
             return tokens.size_BN
         return None if tokens.mask_BN is None else tokens.mask_BN.float()
 
-    @staticmethod
-    def _restored(run: EncoderRun, y_BMC: torch.Tensor) -> torch.Tensor:
-        """The sequence at full length; what was dropped is zero, or as it left."""
-        assert run.reduction is not None
-        y_BNC = run.reduction.restore(y_BMC)
-        if run.left_BNC is not None:
-            y_BNC = y_BNC.where((run.reduction.groups_BN >= 0)[..., None], run.left_BNC)
-        return y_BNC if run.entered is None else fill(y_BNC, latest(run.entered))
-
 
 def _is_proportional(step: tuple[int, Method]) -> bool:
     return bool(getattr(step[1], "proportional_attention", False))
-
-
-def _with_features(tokens: Tokens, x_BND: torch.Tensor) -> Tokens:
-    return replace(tokens, x_BND=x_BND)
 
 
 def _refuse_mask(mask: torch.Tensor | None) -> None:

@@ -6,14 +6,92 @@ enter, C channels.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn.functional import pad
 
 from foveate import ops
-from foveate.core import Method, PatchesContext, Reduction
+from foveate.attach.encoder_run import EncoderRun, checked_carry
+from foveate.attach.noting import patches_notebook
+from foveate.attach.packing import Packing
+from foveate.core import Budget, Grid, Method, PatchesContext, Reduction, Stage, Tokens
 from foveate.errors import AttachmentError
+from foveate.models.tower import VisionTower
+
+
+@dataclass(frozen=True)
+class GateSettings:
+    """What an encoder's stage knows of the methods at its gates; see `EncoderStage`."""
+
+    budget: Callable[[int], Budget]
+    tower: VisionTower
+    seed: int
+    evidence: bool
+    stages: Mapping[int, tuple[Stage, ...]]
+    layouts: Callable[[], Sequence[tuple[Grid, int]]]
+
+
+def pass_gates(
+    run: EncoderRun,
+    x_BND: torch.Tensor,
+    gates: Sequence[tuple[int, Method]],
+    settings: GateSettings,
+    skip_empty: bool,
+) -> torch.Tensor:
+    """The patches stage: what enters the first block, in rows without padding.
+
+    Args:
+        run: the call, with its pixels.
+        x_BND: all tokens of all images.
+        gates: (step number, method) in order.
+        settings: of the stage.
+        skip_empty: images of which nothing enters lose their prefix, too.
+    """
+    assert run.pixels is not None
+    begin, prefix = time.perf_counter(), settings.tower.num_prefix
+    shape = (run.num_images, run.num_tokens - prefix)
+    enters_BP = None
+    for number, method in gates:
+        if settings.budget(number).is_full:
+            continue
+        context = PatchesContext(
+            settings.budget(number),
+            method.name,
+            settings.seed,
+            notebook=patches_notebook(run.notes, shape) if settings.evidence else None,
+            stages=settings.stages.get(number, ()),
+            pixels_B3HW=run.pixels,
+            patch_size=settings.tower.patch_size,
+            num_prefix=prefix,
+            layouts=settings.layouts,
+        )
+        found_BP = entering(method, context, shape[1])
+        for name, value_BP in context.carried.items():
+            run.carried[number, name] = checked_carry(run, method, name, value_BP)
+        if found_BP is not None:
+            enters_BP = found_BP if enters_BP is None else enters_BP & found_BP
+    run.pixels = None
+    if enters_BP is not None and not bool(enters_BP.all()):
+        run.entered = gate(enters_BP, prefix, skip_empty)
+        run.tokens = Tokens(x_BND).reduce(run.entered)
+        run.reduction = run.tokens.reduction
+        x_BND = run.tokens.x_BND
+        pack(run)
+        if run.packing is not None:
+            x_BND = run.packing.pack(x_BND)
+    run.seconds += time.perf_counter() - begin
+    return x_BND
+
+
+def pack(run: EncoderRun) -> None:
+    """Let images share rows where the patches stage has made them differ in length."""
+    if run.entered is not None and run.tokens is not None:
+        mask_BM = run.tokens.mask_BN
+        run.packing = None if mask_BM is None else Packing.of(mask_BM)
 
 
 def pixels_of(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
@@ -105,3 +183,12 @@ def fill(y_BNC: torch.Tensor, image_BN: torch.Tensor) -> torch.Tensor:
     """Outputs at full length, every token from the image that `latest` names."""
     place_N = torch.arange(y_BNC.shape[1], device=y_BNC.device)
     return y_BNC[image_BN, place_N]
+
+
+def bring_back(run: EncoderRun, y_BMC: torch.Tensor) -> torch.Tensor:
+    """The sequence of an encoder at full length; what was dropped is zero, or as it left."""
+    assert run.reduction is not None
+    y_BNC = run.reduction.restore(y_BMC)
+    if run.left_BNC is not None:
+        y_BNC = y_BNC.where((run.reduction.groups_BN >= 0)[..., None], run.left_BNC)
+    return y_BNC if run.entered is None else fill(y_BNC, latest(run.entered))
