@@ -247,3 +247,14 @@ def test_images_stay_and_sizes_must_agree() -> None:
 def test_bad_arguments(arguments) -> None:
     with pytest.raises(ValueError, match=next(iter(arguments))):
         TDC(**arguments)
+
+
+@pytest.mark.parametrize("budget", [PUBLISHED, Budget(retain=0.2), Budget(tokens=5)])
+def test_the_default_device_does_not_matter(budget) -> None:
+    tokens, grid = scenes([8, 8]), Grid.video(16, 3, 4)
+    expected = run(TDC(), tokens, grid, budget)
+    assert not expected.anchor_BM.is_meta
+    with torch.device("meta"):
+        made = run(TDC(), tokens, grid, budget)
+    assert made.anchor_BM.equal(expected.anchor_BM)
+    assert made.apply(tokens.x_BND).equal(expected.apply(tokens.x_BND))

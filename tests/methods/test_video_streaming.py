@@ -270,3 +270,21 @@ def test_keys_are_means_and_an_empty_memory_says_so() -> None:
     torch.testing.assert_close(clip_keys(key_TC, 3), expected)
     with pytest.raises(ValueError, match="No frame"):
         ClipMemory().recall(QUESTION)
+
+
+@pytest.mark.parametrize("budget", [PUBLISHED, Budget(tokens=5), Budget(tokens=90)])
+def test_the_default_device_does_not_matter(budget) -> None:
+    grid, method = Grid.video(24, 4, 4), VideoStreaming(clip_frames=4, clips=2)
+    key_TC = planted(24, 4, 3)
+    group = group_of(key_TC)
+    signals = {"paired.frames": key_TC[None], "paired.text": QUESTION}
+    tokens = item(grid)
+    expected = run(method, grid, budget, key_TC)
+    memory = ClipMemory(4)
+    with torch.device("meta"):
+        context = ProjectorContext(budget, grid=grid, read=signals.get)
+        made = method.projector(tokens, context)
+        memory.push(group)
+        recall = memory.recall(QUESTION)
+    assert made is not None and made.anchor_BM.equal(expected.anchor_BM)
+    assert recall.x_LD.equal(filled(key_TC, 7, clips=4).recall(QUESTION).x_LD)

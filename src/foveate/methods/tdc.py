@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -26,6 +27,9 @@ from foveate.core import (
     Tokens,
     frames_of,
 )
+
+#: Layouts are made on the CPU, whatever the default device.
+_arange = partial(torch.arange, device="cpu")
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +74,7 @@ def static_frames(bounds_S2: torch.Tensor, window: int) -> torch.Tensor:
     """
     length_S = bounds_S2[:, 1] - bounds_S2[:, 0] + 1
     start_T = bounds_S2[:, 0].repeat_interleave(length_S)
-    return (torch.arange(len(start_T)) - start_T) % window == 0
+    return (_arange(len(start_T)) - start_T) % window == 0
 
 
 def most_windows(frames: int, scenes: int, window: int) -> int:
@@ -92,7 +96,7 @@ def fitting_window(bounds_S2: torch.Tensor, most: int) -> int:
         4
     """
     length_S = bounds_S2[:, 1] - bounds_S2[:, 0] + 1
-    window_w = torch.arange(1, int(length_S.max()) + 1)
+    window_w = _arange(1, int(length_S.max()) + 1)
     need_w = (length_S + window_w[:, None] - 1).div(window_w[:, None], rounding_mode="floor")
     return int((need_w.sum(1) <= most).nonzero()[0, 0]) + 1
 
@@ -122,8 +126,8 @@ def lay_out(
     T, L = len(grid.planes), grid.planes[0].num_patches
     has_sep = weights is not None and weights.sep_D is not None
     size_T = windows.count_T + has_sep * (windows.count_T > 0)
-    frame_M = torch.arange(T).repeat_interleave(size_T)
-    slot_M = torch.arange(len(frame_M)) - (size_T.cumsum(0) - size_T)[frame_M]
+    frame_M = _arange(T).repeat_interleave(size_T)
+    slot_M = _arange(len(frame_M)) - (size_T.cumsum(0) - size_T)[frame_M]
     keep_M = _within(windows.window_T[frame_M], max_tokens)
     frame_M, slot_M = frame_M[keep_M], slot_M[keep_M]
     is_sep_M = slot_M == windows.count_T[frame_M]
@@ -133,19 +137,19 @@ def lay_out(
     first_M = slot_M.where(static_M, slot_M * L // count_M)
     end_M = (slot_M + 1).where(static_M, -(-(slot_M + 1) * L // count_M))
     num_M = (end_M - first_M).masked_fill(is_sep_M, 0)
-    row_E = torch.arange(len(num_M)).repeat_interleave(num_M)
-    place_E = torch.arange(len(row_E)) - (num_M.cumsum(0) - num_M)[row_E] + first_M[row_E]
-    whole_TP = torch.arange(grid.num_tokens - grid.newlines_at_end).view(T, -1)
+    row_E = _arange(len(num_M)).repeat_interleave(num_M)
+    place_E = _arange(len(row_E)) - (num_M.cumsum(0) - num_M)[row_E] + first_M[row_E]
+    whole_TP = _arange(grid.num_tokens - grid.newlines_at_end).view(T, -1)
     patch_TL = grid.patch_index().view(T, L)
     column_E = _sources(whole_TP, patch_TL, frame_M[row_E], place_E, static_M[row_E])
     middle_M = (first_M + end_M - 1).div(2, rounding_mode="floor")
     middle_M = middle_M.where(~is_sep_M, whole_TP.shape[1] * static_M + L * ~static_M - 1)
     anchor_M = _sources(whole_TP, patch_TL, frame_M, middle_M, static_M)
 
-    tail_E = torch.arange(grid.num_tokens - grid.newlines_at_end, grid.num_tokens)
+    tail_E = _arange(grid.num_tokens - grid.newlines_at_end, grid.num_tokens)
     num_out = len(frame_M) + len(tail_E)
-    row_E = torch.cat([row_E, len(frame_M) + torch.arange(len(tail_E))])
-    weight_E = torch.cat([1 / num_M.clamp(min=1), torch.ones(len(tail_E))])[row_E]
+    row_E = torch.cat([row_E, len(frame_M) + _arange(len(tail_E))])
+    weight_E = torch.cat([1 / num_M.clamp(min=1), torch.ones(len(tail_E), device="cpu")])[row_E]
     column_E, anchor_M = torch.cat([column_E, tail_E]), torch.cat([anchor_M, tail_E])
     device, index_E = tokens.device, (row_E, column_E, weight_E)
     if weights is None:
@@ -162,7 +166,7 @@ def lay_out(
 
 def _within(window_M: torch.Tensor, max_tokens: int | None) -> torch.Tensor:
     """Tokens that are left when every window loses as many at its end; then the first ones."""
-    place_M = torch.arange(len(window_M))
+    place_M = _arange(len(window_M))
     if max_tokens is None or len(window_M) <= max_tokens:
         return place_M
     size_W = torch.bincount(window_M)
@@ -199,7 +203,7 @@ def _pooled(
     if len(column_E.unique()) < len(column_E):
         matrix = _matrix(row_E, column_E, weight_E, num_out, num_in, device)
         return Reduction.transform(matrix, anchor_1M)
-    assignment_N = torch.full((num_in,), -1)
+    assignment_N = torch.full((num_in,), -1, device="cpu")
     assignment_N[column_E] = row_E
     return Reduction.merge(assignment_N.to(device), num_out, anchor_BM=anchor_1M)
 
@@ -229,7 +233,7 @@ def _compressed(
     """What a trained compressor makes of all frames but the static ones, [M, D]; 0 elsewhere."""
     device, L = x_ND.device, patch_TL.shape[1]
     x_MD = x_ND.new_zeros(len(frame_M), x_ND.shape[1])
-    frame_T = torch.arange(len(patch_TL))
+    frame_T = _arange(len(patch_TL))
     # The static frame of each one's window; a window without one asks with the frame itself.
     first_T = torch.searchsorted(windows.window_T, windows.window_T)
     asks_T = first_T.where(windows.static_T[first_T], frame_T)
@@ -414,7 +418,7 @@ class TDC(Method):
         if budget.published:
             bounds_S2 = ops.scene_segments(x_TLD, self.cuts(T)).cpu()
             static_T = static_frames(bounds_S2, self.window)
-            count_T = torch.full((T,), self._context(L)).masked_fill(static_T, whole)
+            count_T = torch.full((T,), self._context(L), device="cpu").masked_fill(static_T, whole)
             return Windows(static_T, static_T.cumsum(0) - 1, count_T)
         keep = max(1, budget.count(grid.num_patches))
         most = self.most_static(grid, keep)
@@ -422,11 +426,11 @@ class TDC(Method):
             bounds_S2 = ops.scene_segments(x_TLD, min(self.max_cuts, most - 1)).cpu()
             static_T = static_frames(bounds_S2, fitting_window(bounds_S2, most))
         else:
-            static_T = torch.zeros(T, dtype=torch.bool)
+            static_T = torch.zeros(T, dtype=torch.bool, device="cpu")
         others = int((~static_T).sum())
-        count_T = torch.full((T,), whole)
+        count_T = torch.full((T,), whole, device="cpu")
         # Spread evenly, so that frames without a token, too, lie evenly.
-        edge = torch.arange(others + 1) * (keep - (T - others) * L) // max(others, 1)
+        edge = _arange(others + 1) * (keep - (T - others) * L) // max(others, 1)
         count_T[~static_T] = edge.diff()
         return Windows(static_T, (static_T.cumsum(0) - 1).clamp(min=0), count_T)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -18,6 +19,9 @@ from foveate import ops
 from foveate.core import Budget, Card, Count, Grid, Method, ProjectorContext, Reduction, Tokens
 from foveate.core.stream import FrameGroup, Recall, RecalledClip, RecallMemory
 from foveate.methods.pool import pooled_shape
+
+#: Layouts are made on the CPU, whatever the default device.
+_arange = partial(torch.arange, device="cpu")
 
 
 def clip_keys(key_TC: torch.Tensor, clip_frames: int) -> torch.Tensor:
@@ -119,14 +123,14 @@ class ClipMemory(RecallMemory):
     def push(self, group: FrameGroup) -> int:
         """Summarise new frames; a clip that is full is put away, and the oldest may go."""
         x_MD, frame_M = self._summaries(group)
-        number_T = torch.tensor(group.number_T)
+        number_T = torch.tensor(group.number_T, device="cpu")
         forgotten = 0
         parts = x_MD.split(torch.bincount(frame_M, minlength=len(number_T)).tolist())
         for number, part_PD, key_C in zip(
             number_T.tolist(), parts, group.key_TC.float().cpu(), strict=True
         ):
             # Clones, so that a frame does not keep its whole group alive.
-            at_P = torch.full((len(part_PD),), number)
+            at_P = torch.full((len(part_PD),), number, device="cpu")
             self._running.append(_Clip((number,), part_PD.clone(), at_P, key_C.clone()))
             if len(self._running) == self.clip_frames:
                 self._done.append(_joined(self._running))
@@ -161,10 +165,11 @@ class ClipMemory(RecallMemory):
             (height, width): pooled_shape(height, width, self.frame_tokens)
             for height, width in set(map(tuple, group.shape_T2.tolist()))
         }
-        pooled_T2 = torch.tensor([shapes[tuple(shape)] for shape in group.shape_T2.tolist()])
         is_patch_L, device = group.place_L2[:, 0] >= 0, group.x_LD.device
+        sizes = [shapes[tuple(shape)] for shape in group.shape_T2.tolist()]
+        pooled_T2 = torch.tensor(sizes, device=device)
         frame_L, place_L2 = group.frame_L[is_patch_L], group.place_L2[is_patch_L]
-        pooled_L2 = pooled_T2.to(device)[frame_L]
+        pooled_L2 = pooled_T2[frame_L]
         cell_L2 = place_L2 * pooled_L2 // group.shape_T2.to(device)[frame_L]
         slot_L = frame_L * self.frame_tokens + cell_L2[:, 0] * pooled_L2[:, 1] + cell_L2[:, 1]
         num = len(pooled_T2) * self.frame_tokens
@@ -359,20 +364,19 @@ class VideoStreaming(Method):
         T, height, width = grid.shape
         h, w = sizes.shape
         patch_TL = grid.patch_index().view(T, -1)
-        row_L1 = torch.arange(height)[:, None] * h // height
-        cell_L = (row_L1 * w + torch.arange(width) * w // width).flatten()
-        first_F1 = torch.arange(len(shown_F))[:, None] * sizes.cells
+        row_L1 = _arange(height)[:, None] * h // height
+        cell_L = (row_L1 * w + _arange(width) * w // width).flatten()
+        first_F1 = _arange(len(shown_F))[:, None] * sizes.cells
         middle_h, middle_w = (
-            (-(-torch.arange(num) * length // num) + (torch.arange(1, num + 1) * length - 1) // num)
-            // 2
+            (-(-_arange(num) * length // num) + (_arange(1, num + 1) * length - 1) // num) // 2
             for num, length in ((h, height), (w, width))
         )
         middle_c = (middle_h[:, None] * width + middle_w).flatten()
-        tail_E = torch.arange(grid.num_tokens - grid.newlines_at_end, grid.num_tokens)
+        tail_E = _arange(grid.num_tokens - grid.newlines_at_end, grid.num_tokens)
         num_out = len(shown_F) * sizes.cells + len(tail_E)
-        target_N = torch.full((grid.num_tokens,), -1)
+        target_N = torch.full((grid.num_tokens,), -1, device="cpu")
         target_N[patch_TL[shown_F]] = first_F1 + cell_L
-        target_N[tail_E] = torch.arange(num_out - len(tail_E), num_out)
+        target_N[tail_E] = _arange(num_out - len(tail_E), num_out)
         anchor_M = torch.cat([patch_TL[shown_F][:, middle_c].flatten(), tail_E])
         return Reduction.merge(target_N.to(device), num_out, anchor_BM=anchor_M[None].to(device))
 
