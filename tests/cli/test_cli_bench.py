@@ -170,3 +170,28 @@ def test_interrupting_a_real_process_leaves_a_folder_that_goes_on(
     fewer = arguments(model, clips, out, "-r", "fastv", "--retain", "0.100,0.101")
     assert run(*fewer)[0] == 0
     assert (out / "cells.jsonl").read_text().startswith("\n".join(lines))
+
+
+def test_long_clips_of_the_world(
+    run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FOVEATE_CACHE", str(tmp_path / "cache"))
+    options = "--suite world-dense --minutes 0.15 --clips 1 --tasks order --frames 6 --repeats 1"
+    code, out, err = run(
+        *("-r", "f2c@frames", "--retain", 0.5, "-m", model, "-o", tmp_path / "out"),
+        *options.split(),
+        "--json",
+    )
+    assert (code, err) == (0, "")
+    document = json.loads(out)
+    assert document["run"]["suite"] == "world-dense"
+    assert document["run"]["suite_args"]["seconds"] == 9
+    cells = {cell["recipe"]: cell for cell in document["cells"]}
+    assert {"untouched", "f2c@frames", "even_frames"} < cells.keys()
+    assert all(cell["error"] is None for cell in cells.values())
+    assert cells["f2c@frames"]["stage_seconds"]["choose"] > 0
+    assert len(list((tmp_path / "cache" / "suites").glob("world-dense-*/clip-00000.mp4"))) == 1
+    code, _, err = run(
+        *("-r", "f2c", "-m", model, "-o", tmp_path / "other", "--minutes", 1, "--suite", "world")
+    )
+    assert code == 2 and "minutes are for world-needle" in err

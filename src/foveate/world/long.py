@@ -230,7 +230,8 @@ class LongWorld:
         unknown = [task for task in tasks if task not in LONG_TASKS]
         if unknown or not tasks or isinstance(tasks, str):
             raise ValueError(f"tasks are some of {', '.join(LONG_TASKS)}, got {tasks!r}.")
-        self.seconds, self.seed, self.split, self.fps = seconds, seed, split, fps
+        self.seconds, self.fps = float(seconds), float(fps)  # 60 and 60.0 are one world
+        self.seed, self.split = seed, split
         self.tasks, self.events, self.noise = tuple(tasks), events, noise
         self.frames = max(1, round(seconds * fps))
         self.event_frames = max(4, round(event_seconds * fps))
