@@ -120,6 +120,12 @@ def test_it_overlaps_by_itself_where_the_answer_stays(
     assert (parts == {-1, 0, 1, 2}) == ahead and (parts == {-1}) == (not ahead)
 
 
+def test_one_frame_is_an_image_all_the_same(onevision) -> None:
+    one = ask(*onevision, clip(), QUESTION, frames=1, overlap=True, max_new_tokens=2)
+    plain = ask(*onevision, clip(), QUESTION, frames=1, overlap=False, max_new_tokens=2)
+    assert one.prompt_tokens == plain.prompt_tokens and one.text == plain.text
+
+
 def test_what_cannot_overlap_says_so(onevision, tmp_path: Path) -> None:
     taken = sample_frames(clip(), 12)
     with pytest.raises(ValueError, match="these frames are decoded already"):

@@ -131,7 +131,8 @@ def ask(
             `foveate.AnsweringScorer`).
         progress: called with a stage ("choose", "decode", "encode", "prefill", "answer"), how much
             of it is done and how much there is: frames, frames, frames, tokens of the prompt,
-            tokens of the answer (of which there may be fewer).
+            tokens of the answer (of which there may be fewer). Stages that overlap call it from
+            threads of their own.
         overlap: decode and encode chunks of the clip while the language model reads earlier ones
             (see docs/overlap.md); None: where `source` is still to be decoded, there are at least
             two chunks, and family and recipe allow it with the same answer but for rounding (or,
@@ -171,7 +172,7 @@ def ask(
         )
         if overlap is None:
             overlap = companion is None and can_overlap(model, processor, made, len(index), chunk)
-        if overlap:
+        if overlap and len(index) > 1:  # one frame is an image
             read = open_prefill(
                 model,
                 processor,
