@@ -214,6 +214,14 @@ def test_a_compressor_of_another_shape_is_named() -> None:
         run(TDC(weights=weights, context_tokens=2), tokens, grid)
 
 
+def test_a_separator_of_another_width_is_named() -> None:
+    tokens, grid = scenes([8]), Grid.video(8, 3, 4)
+    weights = TDCWeights(halves, torch.zeros(7))
+    with pytest.raises(ValueError, match=r"\[D\] = \(8,\), got \(7,\)"):
+        run(TDC(weights=weights), tokens, grid)
+    assert str(TDCWeights(halves)) == "TDCWeights(...)"
+
+
 def test_gradients_reach_a_trained_compressor() -> None:
     tokens, grid = scenes([8]), Grid.video(8, 3, 4)
     layer = torch.nn.Linear(8, 8)

@@ -32,9 +32,9 @@ from foveate.core import (
 _arange = partial(torch.arange, device="cpu")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class TDCWeights:
-    """What training adds to the method.
+    """What training adds to the method; a recipe that holds it cannot be written down as text.
 
     Attributes:
         compress: `compress(query_fKD, x_fLD)` gives the K tokens of f frames, [f, K, D]; the
@@ -44,6 +44,9 @@ class TDCWeights:
 
     compress: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     sep_D: torch.Tensor | None = None
+
+    def __repr__(self) -> str:
+        return "TDCWeights(...)"
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,6 +159,10 @@ def lay_out(
         return _pooled(*index_E, anchor_M, num_out, grid.num_tokens, device)
     x_MD = _compressed(tokens.x_BND[0], patch_TL, windows, weights, frame_M, slot_M)
     if weights.sep_D is not None:
+        if weights.sep_D.shape != x_MD.shape[1:]:
+            raise ValueError(
+                f"sep_D must be [D] = {tuple(x_MD.shape[1:])}, got {tuple(weights.sep_D.shape)}."
+            )
         x_MD[is_sep_M.to(device)] = weights.sep_D.to(x_MD)
     own_M = (static_M & ~is_sep_M).to(device)
     x_MD[own_M] = tokens.x_BND[0][anchor_M[: len(frame_M)].to(device)[own_M]]
