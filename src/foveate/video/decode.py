@@ -334,6 +334,8 @@ class PyAVSession:
         # One converter for all frames: setting up swscale costs more than a conversion.
         self.converter = import_av().video.reformatter.VideoReformatter()
         self._count = 0
+        # Timestamps of packets of which the container itself says that parts are missing.
+        self._incomplete: set[int | None] = set()
         self._open(reuse=True)
 
     def _open(self, *, reuse: bool) -> None:
@@ -358,18 +360,20 @@ class PyAVSession:
                 write = FrameWriter(
                     frame, self.converter, scan.orientation, self.reader.interpolation
                 )
-                yield Decoded(rank, write, bool(frame.is_corrupt))
+                is_corrupt = bool(frame.is_corrupt) or frame.pts in self._incomplete
+                yield Decoded(rank, write, is_corrupt)
 
     def _frames(self, group: Group, skip: Collection[int]) -> Iterator[VideoFrame]:
         """Frames of one group: packets from its keyframe to its last, then what is left inside."""
         head, self._head = self._head, None
         if head is not None and head.covers(group):
             self._is_clean = False
+            self._incomplete.update(p.pts for p in head.packets[: head.count] if p.is_corrupt)
             yield from head.frames
             for position in range(head.count, group.stop + 1):
                 self.tick()
                 if position not in skip:
-                    yield from packets.decode_packet(self.stream, head.packets[position])
+                    yield from self._decode(head.packets[position])
             yield from packets.decode_packet(self.stream, None)
             return
         if not self._is_clean:
@@ -385,7 +389,7 @@ class PyAVSession:
                 num_packets += 1
                 self.tick()
                 if position not in skip:
-                    yield from packets.decode_packet(self.stream, packet)
+                    yield from self._decode(packet)
                 if position >= group.stop:
                     break
         if not num_packets and not was_fresh and group.seek_pts is None:
@@ -394,6 +398,11 @@ class PyAVSession:
             yield from self._frames(group, skip)
             return
         yield from packets.decode_packet(self.stream, None)
+
+    def _decode(self, packet: Any) -> Iterator[VideoFrame]:
+        if packet.is_corrupt and packet.pts is not None:
+            self._incomplete.add(packet.pts)
+        return packets.decode_packet(self.stream, packet)
 
 
 def set_threads(context: Any, threads: int) -> None:

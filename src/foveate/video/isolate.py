@@ -156,7 +156,8 @@ class IsolatedReader:
         if not 0 <= count <= self.limits.frames:
             raise DecoderFailedError("its decoder sent nonsense", source=self.name)
         columns = np.empty((5, count), "<i8")
-        child.read_into(columns.data.cast("B"), left)
+        if columns.size:
+            child.read_into(columns.data.cast("B"), left)
         pts_F, position_F, key_F, disposable_F, bytes_F = columns
         table = PacketTable(
             pts_F.astype(np.int64),

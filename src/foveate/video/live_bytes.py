@@ -109,7 +109,7 @@ class ForwardFile:
             TruncatedVideoError: its index stands behind its data.
             EmptyVideoError: there are no bytes.
         """
-        self.first = head = self.peek(8)
+        self.first = head = self.peek(16)
         if not head:
             raise EmptyVideoError(f"there are no bytes ({self.source.ended})", source=self.name)
         if head[4:8] not in (b"ftyp", b"styp", b"mdat", b"moov", b"moof"):

@@ -32,7 +32,7 @@ from foveate.video.decode import FrameWriter
 from foveate.video.live_address import Address
 from foveate.video.live_bytes import ForwardFile
 from foveate.video.live_clock import Gap, LiveClock, RateGate
-from foveate.video.source import FORMATS, explain, import_av
+from foveate.video.source import FORMATS, explain, import_av, too_much_memory
 
 # Longest nap of a thread that waits for another; it is woken earlier when there is news.
 _NAP = 0.25
@@ -289,8 +289,6 @@ class _Reading:
         try:
             return av.open(place, **options)
         except av.error.FFmpegError as error:
-            if isinstance(error, MemoryError):
-                raise
             failure = self._failure(av, error)
         except ValueError as error:
             failure = VideoSourceError(str(error), source=self.settings.name)
@@ -300,6 +298,8 @@ class _Reading:
     def _failure(self, av: Any, error: Any) -> VideoError:
         name = self.settings.name
         words = str(getattr(error, "strerror", None) or type(error).__name__)
+        if isinstance(error, MemoryError):
+            return too_much_memory(name)
         if isinstance(error, av.error.ExitError | av.error.TimeoutError):
             return DecodeStalledError(
                 f"it gave nothing for {self.settings.timeout:g} s", source=name
@@ -399,6 +399,9 @@ class _Reading:
             )
 
     def _decode(self, av: Any, stream: Any, packet: Any) -> Iterator[Any]:
+        if packet is not None and packet.is_corrupt:
+            # Parts of it are missing; what comes of it may still be of use.
+            self._count_damage()
         try:
             for frame in stream.codec_context.decode(packet):
                 self._since_picture = 0

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from foveate.errors import (
+    DecodeLimitError,
     EmptyVideoError,
     MissingDependencyError,
     TruncatedVideoError,
@@ -227,13 +228,19 @@ class MediaSource:
                 metadata_errors="replace",
             )
         except av.error.FFmpegError as error:
-            if isinstance(error, MemoryError):
-                raise
             failure = error
-        raise self._explain(failure, stream) from failure
+        if isinstance(failure, MemoryError):
+            raise too_much_memory(self.name) from failure
+        raise explain(_words(failure), _head(stream), self.name) from failure
 
-    def _explain(self, failure: Exception, stream: Any) -> VideoError:
-        return explain(_words(failure), _head(stream), self.name)
+
+def too_much_memory(name: str) -> DecodeLimitError:
+    """What a header asks for that no memory holds (a table of two billion entries, say)."""
+    return DecodeLimitError(
+        "opening it asks for more memory than there is; its header is damaged or hostile",
+        source=name,
+        limit="memory",
+    )
 
 
 def explain(words: str, head: bytes, name: str) -> VideoError:
@@ -244,7 +251,7 @@ def explain(words: str, head: bytes, name: str) -> VideoError:
         head: some 64 bytes.
         name: of the source.
     """
-    if head.startswith(_IMAGE_MAGIC):
+    if head.startswith(_IMAGE_MAGIC) or head[8:12] == b"WEBP":
         return UnsupportedVideoError(
             "this is a picture, not a video; give a list of PIL images", source=name
         )

@@ -73,11 +73,13 @@ class PacketTable:
         """Sort packets into presentation order; O(F log F).
 
         Packets without a timestamp are left out, because no frame can be asked for by them (second
-        fields of interlaced pictures). If none has one, or if ``by_order`` and some lack one of
-        their own, every packet counts as a frame at ``frame_rate`` (25 per second if unknown).
+        fields of interlaced pictures). If none has one, if ``by_order`` and some lack one of their
+        own, or if a recording that begins anew gives timestamps out a second time, every packet
+        counts as a frame at ``frame_rate`` (25 per second if unknown).
         """
         timed = [packet for packet in packets if packet.pts is not None]
         num_times = len({packet.pts for packet in timed})
+        by_order = by_order or _begins_anew(timed, num_times)
         if not timed or (by_order and num_times < len(packets)):
             by_order = True
             time_base = 1 / frame_rate if frame_rate else Fraction(1, 25)
@@ -162,6 +164,15 @@ class PacketTable:
     def slack(self) -> float:
         """Seconds by which a time may miss its frame: half a tick of rounding, 0.5 ms at most."""
         return 0.5 * min(float(self.time_base), 1e-3)
+
+
+def _begins_anew(timed: Sequence[Packet], num_times: int) -> bool:
+    """Whether packets share timestamps because time went back, or stands still."""
+    if num_times == len(timed):
+        return False
+    keys = [packet.pts or 0 for packet in timed if packet.is_keyframe]
+    # Two packets with one time may be the fields of one picture.
+    return (num_times == 1 and len(timed) > 2) or any(b < a for a, b in pairwise(keys))
 
 
 @dataclass(frozen=True)
