@@ -146,7 +146,7 @@ def hour(folder: Path, minutes: float, fps: float, recipes: list[str], extra: li
             named = ["uniform", "--retain", "0.999"] if recipe == "uniform" else [recipe]
             arguments = [str(path), row["question"], "--recipe", *named, *extra]
             got, memory, total = asked(arguments)
-            times = got["report"]["items"][0]["seconds"]
+            times = got["frames"]["seconds"]
             found = [at for at in times if row["start"] <= at < row["stop"]]
             seconds = got["timeline"]["seconds"]
             cells = [

@@ -158,7 +158,9 @@ class Asking:
         self, reduced: tuple[Answer, Stages], untouched: tuple[Answer, Stages] | None
     ) -> None:
         document = reduced[0].as_dict()
+        items = reduced[0].report.items
         document["frames"] = frames_of(reduced[1])
+        document["frames"]["seconds"] = items[0].seconds if len(items) == 1 else None
         document["html"] = None if self.output is None else str(self.output)
         if untouched is not None:
             document["untouched"] = untouched[0].as_dict()
@@ -191,7 +193,7 @@ class Asking:
             console.print(f"\nwrote [bold]{escape(str(self.output))}[/]")
 
 
-def frames_of(told: Stages) -> dict[str, int]:
+def frames_of(told: Stages) -> dict[str, Any]:
     """Frames that were looked at to choose, and frames that the model was shown."""
     return {"looked_at": told.totals.get("choose", 0), "shown": told.totals["decode"]}
 
