@@ -19,7 +19,7 @@ from foveate.attach.masks import refuse_unmasked
 from foveate.attach.reporting import CostModel, describe_budget, note_encoder
 from foveate.attach.single import OfOneModel
 from foveate.attach.tower_tap import BlockReads, block_reads
-from foveate.core import SIGNALS, Budget, Method, Recipe, Reduction, Report
+from foveate.core import SIGNALS, Budget, DensePrediction, Method, Recipe, Reduction, Report
 from foveate.errors import AttachmentError, MissingSignalError
 from foveate.models.adapter import Adapter
 from foveate.models.companion import Companion
@@ -144,6 +144,7 @@ class Attachment(OfOneModel):
         self._hooked: list[nn.Module] = []
         self._watch: FeatureWatch | None = None
         self._encoder_reduction: Reduction | None = None
+        self._dense: DensePrediction | None = None
         with _LOCK:
             self._refuse_double()
             try:
@@ -250,7 +251,7 @@ class Attachment(OfOneModel):
             self.report = self._new_report()
             note_encoder(self.report, self.recipe, [run])
             costs.encoder_alone(self.report, run)
-            self._encoder_reduction = run.reduction
+            self._encoder_reduction, self._dense = run.reduction, run.dense
 
         costs = CostModel(self.model, has_text=False)
 
@@ -290,6 +291,14 @@ class Attachment(OfOneModel):
         `run.encoder_reduction.restore(last_hidden_state)` brings dense features back.
         """
         return self._encoder_reduction
+
+    @property
+    def dense(self) -> DensePrediction | None:
+        """What a method such as "dtop" predicted for every patch in the last encoder call, or None.
+
+        `run.dense.classes((height, width))` is a segmentation of the images.
+        """
+        return self._dense
 
     # -- language model -------------------------------------------------------------------------
 
@@ -395,6 +404,6 @@ class Attachment(OfOneModel):
         return block_reads(tower, [self.recipe.steps[i].method for i in indices], signals)
 
     def _note_encoder_run(self, run: EncoderRun) -> None:
-        self._encoder_reduction = run.reduction
+        self._encoder_reduction, self._dense = run.reduction, run.dense
         if self._watch is not None and self._watch.current is not None:
             self._watch.current.encoder_runs.append(run)

@@ -24,8 +24,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from foveate.attach.encoder_attention import rewrite_hook, rewriting
-from foveate.attach.encoder_run import EncoderRun, acts_at, checked_carry, states_left
+from foveate.attach.encoder_attention import outside_reader, rewrite_hook, rewriting
+from foveate.attach.encoder_run import (
+    EncoderRun,
+    acts_at,
+    recovered,
+    restoring,
+    states_left,
+    take_notes,
+)
 from foveate.attach.gating import (
     GateSettings,
     bring_back,
@@ -298,7 +305,7 @@ class EncoderStage(OfOneModel):
                 y_BND, changed = run.packing.unpack(y_BND), True
                 run.packing = None
             if self.restore and index == self.tower.feature_block and run.reduction is not None:
-                y_BND, changed = bring_back(run, y_BND), True
+                y_BND, changed = self._full_length(run, index, y_BND), True
                 run.restored = True
             if not changed:
                 return None
@@ -334,8 +341,7 @@ class EncoderStage(OfOneModel):
             tokens = Tokens(x_BND) if run.tokens is None else replace(run.tokens, x_BND=x_BND)
             with torch.no_grad():
                 reduction = method.encoder(tokens, context)
-            for name, value_BP in context.carried.items():
-                run.carried[number, name] = checked_carry(run, method, name, value_BP)
+            take_notes(run, number, method, context)
             if reduction is not None and not reduction.is_identity:
                 if method.encoder_drops and self.restore:
                     run.left_BNC = states_left(run, tokens)
@@ -376,10 +382,21 @@ class EncoderStage(OfOneModel):
             values_BHNd=values,
             size_BN=self.sizes(),
             plane=run.plane,
+            read_keys_values=outside_reader(run, self.tower, index),
             notebook=self._notebook(run, index, shape),
             stages=self.stages.get(number, ()),
             layouts=self.layouts,
         )
+
+    def _full_length(self, run: EncoderRun, index: int, y_BMD: torch.Tensor) -> torch.Tensor:
+        shape = (run.num_images, run.num_tokens)
+        captured = run.captured or (None, None, None)
+        for number, method in restoring(self.steps):
+            if not self.budget(number).is_full:
+                context = self._context(run, number, method, index, captured, shape, "block_end")
+                if (found_BND := recovered(run, method, context, y_BMD)) is not None:
+                    return found_BND
+        return bring_back(run, y_BMD)
 
     def _gate(self, run: EncoderRun, x_BND: torch.Tensor) -> torch.Tensor:
         settings = GateSettings(

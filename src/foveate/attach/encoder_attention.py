@@ -14,13 +14,33 @@ from typing import Any
 import torch
 from torch import nn
 
+from foveate.attach.encoder_run import EncoderRun
 from foveate.core import EncoderContext, Method
 from foveate.core.method import overrides
+from foveate.models.tower import VisionTower
 
 
 def rewriting(steps: list[tuple[int, Method]]) -> list[tuple[int, Method]]:
     """The steps that compute attention themselves."""
     return [(number, m) for number, m in steps if overrides(m, "encoder_attention")]
+
+
+def outside_reader(
+    run: EncoderRun, tower: VisionTower, block: int
+) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None:
+    """Gives the keys and values of tokens outside the sequence, and counts what they cost.
+
+    None where the encoder does not say where it makes them.
+    """
+    if tower.packed or not tower.attention_inputs:
+        return None
+
+    def read(x_BNC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        images, tokens = x_BNC.shape[:2]
+        run.outside.append((images, run.attention_lengths[-1], tokens))
+        return tower.keys_values(block, x_BNC)
+
+    return read
 
 
 def rewrite_hook(

@@ -11,8 +11,17 @@ from typing import Any
 import torch
 
 from foveate.attach.packing import Packing
-from foveate.core import EncoderPoint, Evidence, Method, Reduction, Tokens
+from foveate.core import (
+    DensePrediction,
+    EncoderContext,
+    EncoderPoint,
+    Evidence,
+    Method,
+    Reduction,
+    Tokens,
+)
 from foveate.core.flops import EncoderDims, encoder_flops
+from foveate.core.method import overrides
 
 
 @dataclass(eq=False)
@@ -40,6 +49,8 @@ class EncoderRun:
         plane: rows and columns of the patches of an image; None where pixels do not tell.
         rows: sequences that the attention of each block ran on.
         mlp_rows: likewise its MLP.
+        dense: what a method predicted for every patch.
+        outside: images, queries and keys of every reading of tokens outside the sequence.
     """
 
     num_images: int = 0
@@ -63,13 +74,13 @@ class EncoderRun:
     plane: tuple[int, int] | None = None
     rows: list[int] = field(default_factory=list)
     mlp_rows: list[int] = field(default_factory=list)
+    dense: DensePrediction | None = None
+    outside: list[tuple[int, int, int]] = field(default_factory=list)
 
     def counts(self) -> tuple[int, ...]:
-        """Tokens of every image behind the last reduction, padding included inside the encoder."""
+        """Tokens of every image behind the last reduction."""
         if self.reduction is None:
             return (self.num_tokens,) * self.num_images
-        if self.entered is None:
-            return (self.reduction.num_out,) * self.num_images
         return tuple(self.reduction.counts_B.tolist())
 
     def flops(self, dims: EncoderDims) -> int:
@@ -82,7 +93,11 @@ class EncoderRun:
             pairs = zip(self.lengths, self.mlp_rows, strict=True)
             mlp = [length * rows for length, rows in pairs]
         patches = self.num_tokens * self.num_images // images
-        return encoder_flops(dims, attention, images, mlp_lengths=mlp, num_patches=patches)
+        flops = encoder_flops(dims, attention, images, mlp_lengths=mlp, num_patches=patches)
+        for number, queries, keys in self.outside:
+            key = dims.attention_linear // 2 + dims.attention_pair * queries
+            flops += number * keys * key
+        return flops
 
 
 def acts_at(method: Method, point: EncoderPoint) -> bool:
@@ -100,6 +115,40 @@ def states_left(run: EncoderRun, tokens: Tokens) -> torch.Tensor:
     if run.left_BNC is None:
         return latest_BNC
     return latest_BNC.where((tokens.reduction.groups_BN >= 0)[..., None], run.left_BNC)
+
+
+def take_notes(run: EncoderRun, number: int, method: Method, context: EncoderContext) -> None:
+    """Keep what a method has carried and predicted."""
+    for name, value_BP in context.carried.items():
+        run.carried[number, name] = checked_carry(run, method, name, value_BP)
+    if context.predictions:
+        run.dense = context.predictions[-1]
+
+
+def restoring(steps: list[tuple[int, Method]]) -> list[tuple[int, Method]]:
+    """The steps that bring a sequence back to full length themselves."""
+    return [(number, method) for number, method in steps if overrides(method, "encoder_restore")]
+
+
+def recovered(
+    run: EncoderRun, method: Method, context: EncoderContext, x_BMD: torch.Tensor
+) -> torch.Tensor | None:
+    """The sequence at full length as a method makes it; None: it does not.
+
+    Raises:
+        ValueError: it has another form.
+    """
+    with torch.no_grad():
+        found_BND = method.encoder_restore(x_BMD, context)
+    if found_BND is None:
+        return None
+    expected = (run.num_images, run.num_tokens, x_BMD.shape[2])
+    if tuple(found_BND.shape) != expected:
+        raise ValueError(
+            f"{method.name}: encoder_restore() returns {list(expected)}, got "
+            f"{list(found_BND.shape)}."
+        )
+    return found_BND.to(x_BMD.dtype)
 
 
 def checked_carry(

@@ -88,10 +88,11 @@ def pass_gates(
 
 
 def pack(run: EncoderRun) -> None:
-    """Let images share rows where the patches stage has made them differ in length."""
-    if run.entered is not None and run.tokens is not None:
-        mask_BM = run.tokens.mask_BN
-        run.packing = None if mask_BM is None else Packing.of(mask_BM)
+    """Let images share rows where they differ in length, if that makes fewer rows."""
+    mask_BM = None if run.tokens is None else run.tokens.mask_BN
+    run.packing = None if mask_BM is None else Packing.of(mask_BM)
+    if run.packing is not None and run.entered is None and run.packing.num_rows == run.num_images:
+        run.packing = None  # a mask of the padding does as well
 
 
 def pixels_of(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:

@@ -58,6 +58,11 @@ class Packing:
         image_P[place_BM[exists_BM]] = image_BM[exists_BM]
         return cls(place_BM, image_P.view(-1, width))
 
+    @property
+    def num_rows(self) -> int:
+        """R."""
+        return self.image_RW.shape[0]
+
     def pack(self, x_BMD: torch.Tensor) -> torch.Tensor:
         """Tokens [B, M, ...] as rows [R, W, ...]; empty places are zero."""
         exists_BM = self.place_BM >= 0

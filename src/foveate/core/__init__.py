@@ -14,6 +14,7 @@ from foveate.core.context import (
     ModuleContext,
     ProjectorContext,
 )
+from foveate.core.dense import DensePrediction
 from foveate.core.encoder_attention import EncoderAttentionView
 from foveate.core.evidence import Evidence, EvidenceKind, Notebook, merged_groups
 from foveate.core.frames import FramePlan, FramesContext
@@ -58,6 +59,7 @@ __all__ = [
     "Context",
     "Count",
     "DecoderContext",
+    "DensePrediction",
     "EncoderAttentionView",
     "EncoderContext",
     "EncoderPoint",

@@ -14,6 +14,7 @@ import torch
 
 from foveate.core.budget import Budget
 from foveate.core.card import Stage
+from foveate.core.dense import DensePrediction
 from foveate.core.encoder_attention import EncoderAttentionView
 from foveate.core.evidence import EvidenceKind, Notebook
 from foveate.core.grid import Grid, Modality
@@ -225,6 +226,8 @@ class EncoderContext(Context):
             belongs to and its plane there (all tiles of a mosaic share one); empty for an encoder
             alone.
         carried: what `carry` noted.
+        read_keys_values: the block's keys and values of other tokens; use `keys_values`.
+        predictions: what `predict` was given.
     """
 
     layer: int = 0
@@ -239,6 +242,28 @@ class EncoderContext(Context):
     plane: tuple[int, int] | None = None
     layouts: Callable[[], Sequence[tuple[Grid, int]]] = tuple
     carried: MutableMapping[str, torch.Tensor] = field(default_factory=dict)
+    read_keys_values: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None
+    predictions: list[DensePrediction] = field(default_factory=list)
+
+    def keys_values(self, x_BND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values that this block's norm and projections make of tokens, [B, H, N, d] each.
+
+        Of tokens that are not in the sequence, such as those that left before: what
+        `Method.encoder_attention` reads may be more than what the block runs on.
+
+        Raises:
+            ValueError: there is no block to ask.
+        """
+        if self.read_keys_values is None:
+            raise ValueError(
+                f"{self.method} asks for keys and values of tokens outside the sequence, and this "
+                "encoder does not say where its blocks make them."
+            )
+        return self.read_keys_values(x_BND)
+
+    def predict(self, prediction: DensePrediction) -> None:
+        """Hand a dense prediction to the user, as `Attachment.dense`; a later one replaces it."""
+        self.predictions.append(prediction)
 
     def carry(self, name: str, value_BP: torch.Tensor) -> None:
         """Hand one number per patch of every image, [B, P], to the same method's projector stage.

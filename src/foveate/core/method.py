@@ -217,6 +217,14 @@ class Method:
         """
         return None
 
+    def encoder_restore(self, x_BMD: torch.Tensor, context: EncoderContext) -> torch.Tensor | None:
+        """Bring what left the last block back to full length, [B, prefix + N, D]; None: un-merge.
+
+        Asked behind the block that makes the features, where full length is wanted; `x_BMD` is the
+        sequence there, `context.state` what the method kept. It must be alone in the encoder.
+        """
+        return None
+
     def projector(self, tokens: Tokens, context: ProjectorContext) -> Reduction | None:
         """Reduce one image or video between encoder and language model; tokens [1, N, D]."""
         raise NotImplementedError

@@ -42,6 +42,9 @@ class VisionTower:
         packed: hidden states are [N, C], all images of the call in one row, with `cu_seqlens`.
         feature_block: index of the block whose output becomes the features.
         patch_size: (height, width) of a patch in pixels.
+        attention_inputs: the norm of each block in front of its attention; none: not known.
+        projections: per block, the modules that make keys and values of what that norm gives, one
+            after the other, under "k" and "v".
     """
 
     module: nn.Module
@@ -59,6 +62,8 @@ class VisionTower:
     packed: bool
     feature_block: int
     patch_size: tuple[int, int]
+    attention_inputs: tuple[nn.Module, ...] = field(default=(), repr=False)
+    projections: tuple[Mapping[str, tuple[nn.Module, ...]], ...] = field(default=(), repr=False)
 
     def qk_taps(self, block: int) -> dict[str, nn.Module]:
         """The modules of a block whose forward outputs `assemble_qk` takes, by name."""
@@ -127,6 +132,26 @@ class VisionTower:
             v = self._split_heads(captured["v"])
         return v.transpose(0, 1)[None] if self.packed else v.transpose(1, 2)
 
+    def keys_values(self, block: int, x_BNC: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, H, N, D] that a block would make of other tokens; runs no hooks.
+
+        Raises:
+            ValueError: it is not known where the encoder makes them, or it is packed.
+        """
+        if self.packed or not self.attention_inputs:
+            raise ValueError(
+                f"It is not known how the blocks of {type(self.module).__name__} make keys and "
+                "values of single tokens."
+            )
+        y_BNC = self.attention_inputs[block].forward(x_BNC)
+        found = []
+        for name in "kv":
+            made = y_BNC
+            for module in self.projections[block][name]:
+                made = module.forward(made)
+            found.append(self._split_heads(made).transpose(1, 2))
+        return found[0], found[1]
+
     def segments(self, block: int, attention_kwargs: Mapping[str, Any]) -> Tensor | None:
         """Boundaries [segments + 1] of the tokens that attend to each other in `block`.
 
@@ -152,6 +177,9 @@ class VisionLayout:
         mlp_output: path of the last module of the MLP branch below a block.
         taps: name -> paths below a block of the modules that give queries, keys and values.
         attention_output: paths below a block of the output projection of its attention.
+        attention_input: path of the norm in front of the attention below a block.
+        key_value: name -> paths of the modules that make "k" and "v" of what that norm gives, one
+            after the other; None: those of `taps`.
         gain: name of a parameter of the block that scales the MLP branch.
         prefix: tokens before the patches.
         registers: name of a config field with the number of register tokens, added to `prefix`.
@@ -165,6 +193,8 @@ class VisionLayout:
     mlp_output: str
     taps: Mapping[str, tuple[str, ...]]
     attention_output: tuple[str, ...]
+    attention_input: str | None = None
+    key_value: Mapping[str, tuple[str, ...]] | None = None
     gain: str | None = None
     prefix: int = 0
     registers: str | None = None
@@ -180,6 +210,7 @@ def _clip_like(prefix: int, packed: bool = False) -> VisionLayout:
         mlp_output="mlp",
         taps={name: (f"self_attn.{name}_proj",) for name in "qkv"},
         attention_output=("self_attn.out_proj",),
+        attention_input="layer_norm1",
         prefix=prefix,
         has_cls=prefix > 0,
         packed=packed,
@@ -199,6 +230,7 @@ def _vit_like(prefix: int, *, dino: bool = False, registers: str | None = None) 
             "v": ("attention.v_proj", "attention.attention.value"),
         },
         attention_output=("attention.o_proj", "attention.output.dense"),
+        attention_input="norm1" if dino else "layernorm_before",
         prefix=prefix,
         registers=registers,
         has_cls=True,
@@ -223,6 +255,8 @@ _INTERNVL = VisionLayout(
     # q_norm is the identity in most checkpoints, but always a module that can be hooked.
     taps={"q": ("attention.q_norm",), "k": ("attention.k_norm",), "v": ("attention.v_proj",)},
     attention_output=("attention.projection_layer",),
+    attention_input="layernorm_before",
+    key_value={"k": ("attention.k_proj", "attention.k_norm"), "v": ("attention.v_proj",)},
     gain="lambda_2",
     prefix=1,
     has_cls=True,
@@ -287,7 +321,18 @@ def build_tower(
         packed=spec.packed,
         feature_block=_feature_block(feature_layer, len(blocks)),
         patch_size=pair(config.patch_size),
+        attention_inputs=tuple(_resolve(block, (spec.attention_input,)) for block in blocks)
+        if spec.attention_input
+        else (),
+        projections=tuple(_projections(block, spec) for block in blocks),
     )
+
+
+def _projections(block: nn.Module, spec: VisionLayout) -> dict[str, tuple[nn.Module, ...]]:
+    if spec.key_value is not None:
+        chains = spec.key_value.items()
+        return {name: tuple(_resolve(block, (p,)) for p in chain) for name, chain in chains}
+    return {name: (_resolve(block, spec.taps[name]),) for name in "kv" if name in spec.taps}
 
 
 def _require(

@@ -15,6 +15,12 @@ from foveate.ops.cluster import dpc_knn, k_centre, k_medoids, kmeans
 from foveate.ops.coverage import facility_location
 from foveate.ops.diversity import max_sum_diversity
 from foveate.ops.duplicates import duplicate_links, follow_links
+from foveate.ops.early_exit import (
+    least_sure_tokens,
+    presence_scores,
+    ranks_in_class,
+    sure_tokens,
+)
 from foveate.ops.equal_distance import equal_distance_attention
 from foveate.ops.flow import concentration, cut_towards, flow_score
 from foveate.ops.gumbel import gumbel_noise, gumbel_top_k
@@ -102,6 +108,7 @@ __all__ = [
     "k_medoids",
     "kmeans",
     "last_true",
+    "least_sure_tokens",
     "linear_decay_schedule",
     "local_outlier_factor",
     "masked_softmax",
@@ -119,10 +126,12 @@ __all__ = [
     "parse_r",
     "patch_change",
     "peak_attention",
+    "presence_scores",
     "proportional",
     "quantise",
     "random_indices",
     "ranks",
+    "ranks_in_class",
     "received_attention",
     "round_half_even",
     "scatter_mean",
@@ -131,6 +140,7 @@ __all__ = [
     "segment_by_gain",
     "share_schedule",
     "split_evenly",
+    "sure_tokens",
     "top_k",
     "top_k_ragged",
     "top_k_ranked",
