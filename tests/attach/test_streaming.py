@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import resource
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -466,3 +467,28 @@ def test_ten_thousand_frames_in_flat_memory() -> None:
     assert needle in answer.seconds
     # Peak resident memory of the process, in KiB: no growth with the number of frames.
     assert resident[-1] - resident[2] < 64 * 1024
+
+
+def test_stream_follows_live_sources(tmp_path: Path) -> None:
+    av = pytest.importorskip("av")
+    path = tmp_path / "live.ts"
+    with av.open(str(path), "w") as out:
+        track = out.add_stream("mpeg2video", rate=25)
+        track.width, track.height, track.pix_fmt = 48, 48, "yuv420p"
+        for number in range(100):
+            frame = av.VideoFrame(48, 48, "yuv420p")
+            for plane in frame.planes:
+                plane.update(bytes([number]) * plane.buffer_size)
+            out.mux(track.encode(frame))
+        out.mux(track.encode())
+    with stream_of(None, capacity=5, fps=2) as stream:
+        times = list(stream.follow(path, live=True, growing=True, timeout=1, chunk=1))
+        assert times == pytest.approx([0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5], abs=0.05)
+        with foveate.Live(path, fps=1, chunk=2) as live:
+            assert list(stream.follow(live, start=10))[-1] == pytest.approx(13, abs=0.05)
+        assert stream.memory.pushed == 12
+        assert stream.ask("what", max_new_tokens=2).seconds == pytest.approx(
+            [3.5, 10, 11, 12, 13], abs=0.05
+        )
+        with pytest.raises(ValueError, match="growing are for live sources"):
+            next(stream.follow(path, growing=True))
