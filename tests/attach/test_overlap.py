@@ -72,6 +72,7 @@ def pipeline(
     source: Callable[[list[Any]], Any] = iter,
     prepare: Callable[[Any], Any] = lambda taken: taken,
     budget: Budget | None = None,
+    encode_ahead: bool | None = True,
     **options: Any,
 ) -> OverlappedPrefill:
     model, inputs = model_of(family), inputs_of(family, frames)
@@ -83,6 +84,7 @@ def pipeline(
         prepare,
         None if recipe is None else Recipe.of(recipe),
         budget or Budget(0.5),
+        encode_ahead=encode_ahead,
         **options,
     )
 
@@ -409,14 +411,16 @@ def check_error(read: OverlappedPrefill, stage: str) -> None:
     torch.testing.assert_close(got, logits, atol=TOLERANCE, rtol=1e-5)
 
 
-@pytest.mark.parametrize("depth", [0, 1, 2])
-def test_a_decoder_that_fails(depth: int) -> None:
-    read = pipeline("llava_onevision", "quickvideo", chunk=2, depth=depth, source=failing)
+@pytest.mark.parametrize(("depth", "ahead"), [(0, True), (1, True), (2, True), (2, False)])
+def test_a_decoder_that_fails(depth: int, ahead: bool) -> None:
+    read = pipeline(
+        "llava_onevision", "quickvideo", chunk=2, depth=depth, encode_ahead=ahead, source=failing
+    )
     check_error(read, "decode")
 
 
-@pytest.mark.parametrize("depth", [0, 1, 2])
-def test_an_encoder_that_fails(depth: int) -> None:
+@pytest.mark.parametrize(("depth", "ahead"), [(0, True), (1, True), (2, True), (2, False)])
+def test_an_encoder_that_fails(depth: int, ahead: bool) -> None:
     seen = []
 
     def prepare(taken: Any) -> Any:
@@ -426,12 +430,20 @@ def test_an_encoder_that_fails(depth: int) -> None:
         return taken
 
     check_error(
-        pipeline("llava_onevision", "quickvideo", chunk=2, depth=depth, prepare=prepare), "encode"
+        pipeline(
+            "llava_onevision",
+            "quickvideo",
+            chunk=2,
+            depth=depth,
+            encode_ahead=ahead,
+            prepare=prepare,
+        ),
+        "encode",
     )
 
 
-@pytest.mark.parametrize("depth", [0, 1, 2])
-def test_a_language_model_that_fails(depth: int) -> None:
+@pytest.mark.parametrize(("depth", "ahead"), [(0, True), (1, True), (2, True), (2, False)])
+def test_a_language_model_that_fails(depth: int, ahead: bool) -> None:
     model = model_of("llava_onevision")
     layer = adapter_for(model).layers(model)[2]
     calls = []
@@ -441,7 +453,7 @@ def test_a_language_model_that_fails(depth: int) -> None:
         if len(calls) == 2:
             raise Broken("no memory")
 
-    read = pipeline("llava_onevision", "quickvideo", chunk=2, depth=depth)
+    read = pipeline("llava_onevision", "quickvideo", chunk=2, depth=depth, encode_ahead=ahead)
     handle = layer.register_forward_pre_hook(fail)
     try:
         with pytest.raises(Broken):
@@ -583,6 +595,41 @@ def test_what_waits_is_bounded(depth: int) -> None:
         handle.remove()
     assert ahead == [True], "the buffers are used"
     assert read.most_alive == 2 * depth + 3 < len(read.prompt), "and no more than them"
+
+
+def test_decoding_runs_ahead_of_an_encoder_in_the_callers_thread() -> None:
+    ahead, names = [], []
+
+    def prepare(taken: Any) -> Any:
+        names.append(threading.current_thread().name)
+        if not ahead:
+            ahead.append(read.chunks.gave[3].wait(WAIT))
+        return taken
+
+    read = pipeline(
+        "llava_onevision",
+        "quickvideo",
+        frames=16,
+        chunk=2,
+        source=Counted,
+        prepare=prepare,
+        encode_ahead=False,
+    )
+    with read:
+        read.run()
+    assert ahead == [True] and set(names) == {threading.current_thread().name}
+    assert read.most_alive <= 2 + 2
+    with pipeline("llava_onevision", "quickvideo", frames=16, chunk=2) as threaded:
+        threaded.run()
+    for a, b in zip(read.cache.layers, threaded.cache.layers, strict=True):
+        assert torch.equal(a.keys, b.keys)
+
+
+def test_who_encodes_depends_on_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("foveate.attach.overlap.cores", lambda: 4)
+    for threads, ahead in ((4, False), (1, True)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert pipeline("llava_onevision", encode_ahead=None).encode_ahead is ahead
 
 
 def test_without_threads_one_chunk_is_alive() -> None:

@@ -2,7 +2,8 @@
 
 Two threads beside the caller's: one takes decoded chunks from their source, one prepares and
 encodes them; the caller's thread runs the language model on each with the cache so far. What waits
-between two of them is bounded.
+between two of them is bounded. Where encoder and language model would only share the same cores,
+the caller's thread does both in turn, and decoding alone runs ahead.
 
 Legend: L tokens of the prompt, N tokens of a chunk.
 """
@@ -27,6 +28,7 @@ from foveate.attach.overlap_rules import chunk_recipe
 from foveate.core import Budget, Recipe, Report
 from foveate.core.timeline import Timeline
 from foveate.errors import AttachmentError
+from foveate.video.parallel import cores
 
 #: Chunks that may wait before the encoder, and as many before the language model.
 DEPTH = 2
@@ -64,6 +66,8 @@ class OverlappedPrefill:
         recipe: methods of the patches, encoder, projector and cache stages; None: none.
         budget: of the recipe; an absolute count is shared out by the sizes of the chunks.
         depth: chunks that may wait between two workers; 0: no thread, one stage after another.
+        encode_ahead: the encoder has a thread of its own; None: on a GPU, where it has a stream of
+            its own as well, and on a CPU with more cores than torch uses for one operation.
         timeline: gets spans of the stages "encode" and "prefill", and "decode" where `chunks` does
             not note them itself (`notes_decode`).
         progress: called with a stage, how much is done and how much there is (frames; tokens).
@@ -100,6 +104,7 @@ class OverlappedPrefill:
         budget: Budget | None = None,
         *,
         depth: int = DEPTH,
+        encode_ahead: bool | None = None,
         timeline: Timeline | None = None,
         progress: Progress | None = None,
         timeout: float = TIMEOUT,
@@ -130,6 +135,8 @@ class OverlappedPrefill:
         self._device = next(model.parameters()).device
         self._dtype = next(model.parameters()).dtype
         self._side = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        spare = self._side is not None or cores() > torch.get_num_threads()
+        self.encode_ahead = spare if encode_ahead is None else encode_ahead
         self._taken = self._read = 0
         self._count = threading.Lock()
         self._channels: list[Channel] = []
@@ -211,6 +218,8 @@ class OverlappedPrefill:
         features = Channel(self.depth, self.timeout, "encoding")
         self._channels = [frames, features]
         self._start("foveate-decode", self._decode(), frames)
+        if not self.encode_ahead:
+            return self._encode(frames)
         self._start("foveate-encode", self._encode(frames), features)
         return iter(features)
 

@@ -116,6 +116,7 @@ def prefill(
     frames: int = 16,
     chunk: int = CHUNK,
     depth: int = DEPTH,
+    encode_ahead: bool | None = None,
     timeout: float = TIMEOUT,
     progress: Progress | None = None,
     **arguments: Any,
@@ -136,6 +137,9 @@ def prefill(
         frames: frames taken evenly; clips with fewer give all they have.
         chunk: frames read at a time, and QuickVideo's group; rounded up to whole temporal patches.
         depth: chunks that may wait between two stages; 0: one stage after another, no threads.
+        encode_ahead: the encoder works on the next chunks while the language model reads; None: on
+            a GPU, and on a CPU with more cores than torch uses for one operation. Decoding runs
+            ahead in any case.
         timeout: seconds without any progress after which a wait ends in an error.
         progress: called with a stage, how much is done and how much there is.
         arguments: hyper-parameters of the methods.
@@ -178,6 +182,7 @@ def prefill(
         Budget(retain, tokens),
         chunk=chunk,
         depth=depth,
+        encode_ahead=encode_ahead,
         timeout=timeout,
         progress=progress,
     )
@@ -196,6 +201,7 @@ def open_prefill(
     plan: FramePlan | None = None,
     chunk: int = CHUNK,
     depth: int = DEPTH,
+    encode_ahead: bool | None = None,
     timeout: float = TIMEOUT,
     progress: Progress | None = None,
     timeline: Timeline | None = None,
@@ -222,6 +228,7 @@ def open_prefill(
             recipe,
             budget,
             depth=depth,
+            encode_ahead=encode_ahead,
             timeline=timeline,
             progress=tell,
             timeout=timeout,
