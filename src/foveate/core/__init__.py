@@ -39,6 +39,7 @@ from foveate.core.report import ItemReport, Report, StageReport
 from foveate.core.rule import AttentionRule, RuleContext
 from foveate.core.search import SearchRange
 from foveate.core.selector import PatchSelector, PlaneSelector
+from foveate.core.spread import Spread, spread
 from foveate.core.step import Step
 from foveate.core.storage import CacheStorage
 from foveate.core.timeline import TIMED_STAGES, Span, Timeline
@@ -88,6 +89,7 @@ __all__ = [
     "RuleContext",
     "SearchRange",
     "Span",
+    "Spread",
     "Stage",
     "StageReport",
     "Step",
@@ -105,6 +107,7 @@ __all__ = [
     "merged_groups",
     "register_method",
     "relative_layer",
+    "spread",
     "take_planes",
     "with_newlines",
     "with_special",

@@ -378,8 +378,9 @@ class Reduction:
         """How many source tokens every target stands for, [B, N] -> [B, M].
 
         Merging adds sizes up, selecting keeps them, a transform shares each source's size among its
-        targets in proportion to the weights (float32 then; unless `conserve` is False). Only dropped tokens lose theirs, and
-        only repeated ones count again. A synthesised token without matrix has size 1.
+        targets in proportion to the weights (float32 then; unless `conserve` is False). Only
+        dropped tokens lose theirs, and only repeated ones count again. A synthesised token without
+        matrix has size 1.
         """
         self._check_source(size_BN)
         if self.kind == "select":

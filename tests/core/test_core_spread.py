@@ -1,0 +1,74 @@
+"""Spread: a transform in structured form is the transform."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from foveate.core import Reduction, Tokens, spread
+
+
+@pytest.fixture(params=[False, True])
+def both(request: pytest.FixtureRequest) -> tuple[Reduction, Reduction]:
+    """The structured and the dense form of one map from 9 to 6 tokens."""
+    order_B9 = torch.stack([torch.randperm(9) for _ in range(2)])
+    anchor_BM, gone_BR = order_B9[:, :6].sort(1).values, order_B9[:, 6:].sort(1).values
+    own_BM = torch.rand(2, 6) + 0.1 if request.param else None
+    made = spread(9, anchor_BM, gone_BR, torch.rand(2, 6, 3), own_BM)
+    return made, Reduction.transform(made.matrix(), anchor_BM)
+
+
+def test_it_is_the_transform_of_its_matrix(both) -> None:
+    made, dense = both
+    x_BND, size_BN = torch.randn(2, 9, 4, 2), torch.rand(2, 9)
+    torch.testing.assert_close(made.apply(x_BND), dense.apply(x_BND))
+    torch.testing.assert_close(made.sizes(size_BN), dense.sizes(size_BN))
+    torch.testing.assert_close(made.restore(made.apply(x_BND)), dense.restore(dense.apply(x_BND)))
+    assert made.groups_BN.equal(dense.groups_BN)
+    assert made.gather(torch.arange(9).expand(2, 9)).equal(made.anchor_BM)
+    assert made.counts_B.tolist() == [6, 6] and not made.is_identity
+    half = x_BND.bfloat16()
+    assert made.apply(half).dtype == torch.bfloat16
+    moved = made.to("cpu")
+    assert type(moved) is type(made) and moved.matrix().equal(made.matrix())
+    torch.testing.assert_close(made.sample(1).matrix()[0], dense.matrix()[1])
+
+
+def test_it_joins_whatever_comes_before_or_after(both) -> None:
+    made, dense = both
+    before = Reduction.merge(torch.arange(12)[None].expand(2, 12) % 9, 9)
+    later = Reduction.select(torch.tensor([[0, 3, 5], [1, 2, 4]]), 6)
+    x_BND = torch.randn(2, 12, 5)
+    for first, second, third in (
+        (before, made, later),
+        (before, dense, later),
+    ):
+        whole = first.then(second).then(third)
+        torch.testing.assert_close(
+            whole.apply(x_BND), third.apply(second.apply(first.apply(x_BND))), atol=1e-5, rtol=1e-5
+        )
+    torch.testing.assert_close(before.then(made).matrix(), before.then(dense).matrix())
+
+
+def test_sizes_that_are_not_conserved_are_mixed_like_features() -> None:
+    weight = torch.tensor([[[0.5], [0.25]]])
+    made = spread(3, torch.tensor([[0, 2]]), torch.tensor([[1]]), weight, conserve=False)
+    assert made.sizes(torch.ones(1, 3)).tolist() == [[1.5, 1.25]]
+    tokens = Tokens(torch.randn(1, 3, 4)).reduce(made)
+    assert tokens.size_BN is not None and tokens.size_BN.tolist() == [[1.5, 1.25]]
+    kept = spread(3, torch.tensor([[0, 2]]), torch.tensor([[1]]), weight)
+    torch.testing.assert_close(kept.sizes(torch.ones(1, 3)), torch.tensor([[5 / 3, 4 / 3]]))
+
+
+def test_gradients_flow() -> None:
+    weight = torch.rand(1, 2, 1, requires_grad=True)
+    made = spread(3, torch.tensor([[0, 2]]), torch.tensor([[1]]), weight)
+    made.apply(torch.randn(1, 3, 4)).sum().backward()
+    assert weight.grad is not None and weight.grad.abs().sum() > 0
+
+
+def test_shapes_have_to_fit() -> None:
+    with pytest.raises(ValueError, match="need weights"):
+        spread(4, torch.tensor([[0, 2]]), torch.tensor([[1]]), torch.rand(1, 2, 1))
+    with pytest.raises(ValueError, match="need weights"):
+        spread(3, torch.tensor([[0, 2]]), torch.tensor([[1]]), torch.rand(1, 2, 2))
