@@ -74,7 +74,7 @@ class DecodeStalledError(DecoderFailedError):
 
 
 class DecodeLimitError(DecoderFailedError):
-    """A decoder in a process of its own went beyond its limits and was stopped.
+    """A decoder in a process of its own went beyond its limits, or a file asks for endless memory.
 
     Args:
         reason: what was exceeded, in one sentence.

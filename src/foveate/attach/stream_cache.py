@@ -56,8 +56,9 @@ class StreamCache:
         device = layers[0].keys.device
         self.entry_S = torch.empty(0, dtype=torch.long, device=device)
         self.num_entries = 0
-        # Seconds and largest side of every remembered plane; of use where there is a clock.
-        self.plane_E2 = torch.empty(0, 2, dtype=torch.float64, device=device)
+        # Seconds and largest side of every remembered plane, where there is a clock; on the CPU,
+        # because not every device has float64.
+        self.plane_E2 = torch.empty(0, 2, dtype=torch.float64)
 
     @property
     def length(self) -> int:
@@ -99,13 +100,13 @@ class StreamCache:
         if self.clock is not None:
             seen_E = torch.ones_like(self.plane_E2[:, 0], dtype=torch.bool)
             if seen_S is not None:
-                seen_E = torch.bincount(
-                    self.entry_S[seen_S[self.num_system :]], minlength=self.num_entries
-                ).bool()
+                seen_K = self.entry_S[seen_S[self.num_system :]].cpu()
+                seen_E = torch.bincount(seen_K, minlength=self.num_entries).bool()
             # Rows and columns stay; time begins anew at the first plane that is seen.
             position_3S = self.layers[0].position_S.clone()
             time_E = self.clock.times(self.plane_E2[:, 0], seen_E)
-            position_3S[0, self.num_system :] = self.num_system + time_E[self.entry_S]
+            time_S = time_E.to(self.entry_S.device)[self.entry_S]
+            position_3S[0, self.num_system :] = self.num_system + time_S
             return position_3S
         if seen_S is None:
             return torch.arange(self.length, device=self.entry_S.device)
@@ -117,26 +118,24 @@ class StreamCache:
         new_T = torch.bincount(step.frame_L[step.kept_L], minlength=sees_TE.shape[0])
         return self.num_system + sees_TE.long() @ torch.cat([old_E, new_T])
 
-    def place(
-        self, step: StreamStep, sees_TE: Tensor, place_L2: Tensor, plane_T2: Tensor
-    ) -> Tensor:
+    def place(self, step: StreamStep, place_L2: Tensor, plane_T2: Tensor) -> Tensor:
         """Positions of new tokens by time, row and column, int64 [3, L].
 
         Args:
             step: the new planes.
-            sees_TE: its `sees_TE` on this device.
             place_L2: row and column of every token.
             plane_T2: seconds and largest side of every new plane.
         """
         assert self.clock is not None
         second_E = torch.cat([self.plane_E2, plane_T2])[:, 0]
-        own_T = self.num_entries + torch.arange(len(sees_TE), device=sees_TE.device)
+        sees_TE = step.sees_TE.cpu()
+        own_T = self.num_entries + torch.arange(len(sees_TE))
         time_T = [
             self.clock.times(second_E, seen_E.index_fill(0, own, True))[own]
             for seen_E, own in zip(sees_TE, own_T[:, None], strict=True)
         ]
-        position_L3 = torch.cat([torch.cat(time_T)[step.frame_L][:, None], place_L2], dim=1)
-        return self.num_system + position_L3.t()
+        time_L = torch.cat(time_T).to(place_L2.device)[step.frame_L]
+        return self.num_system + torch.cat([time_L[None], place_L2.t()])
 
     def text_positions(self, count: int) -> Tensor | None:
         """Where so many tokens of text behind the frames stand, int64 [3, count].
@@ -217,5 +216,5 @@ class StreamCache:
         self.entry_S = torch.cat([rank_E[self.entry_S[old_S - self.num_system]], new_L[fresh_K]])
         self.num_entries = len(remains_K)
         if plane_T2 is not None:
-            self.plane_E2 = torch.cat([self.plane_E2, plane_T2])[remains_K]
+            self.plane_E2 = torch.cat([self.plane_E2, plane_T2])[step.remains_K.cpu()]
         self.layers = layers

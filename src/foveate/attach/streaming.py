@@ -167,7 +167,7 @@ class StreamEngine:
         # Frames of which a method left nothing are as if they had not been there.
         present_T, frame_L = plane_L.unique_consecutive(return_inverse=True)
         ids = [self.num_frames + plane for plane in present_T.tolist()]
-        plane_T2 = self._planes(num_planes, seconds)[present_T]
+        plane_T2 = self._planes(num_planes, seconds)[present_T.cpu()]
         self.num_frames += num_planes
         if self.memory.picked or self.renumber:
             for frame, number in enumerate(ids):
@@ -283,13 +283,15 @@ class StreamEngine:
         return StreamCache(layers, self.renumber, self.clock)
 
     def _planes(self, count: int, seconds: Sequence[float] | None) -> Tensor:
-        """Seconds and largest side of new planes, float64 [T, 2]."""
+        """Seconds and largest side of new planes, float64 [T, 2], on the CPU."""
         if seconds is None:
             seconds = range(self.num_frames, self.num_frames + count)
         if len(seconds) != count:
             raise ValueError(f"{len(seconds)} times for {count} planes of frames.")
-        side_T = self.features.shape_T2.amax(1).double()
-        return torch.stack([torch.tensor([*seconds]).to(side_T), side_T], dim=1)
+        if self.clock is None:
+            return torch.zeros(count, 2, dtype=torch.float64)
+        side_T = self.features.shape_T2.cpu().amax(1).double()
+        return torch.stack([torch.tensor([*seconds], dtype=torch.float64), side_T], dim=1)
 
     def _read(
         self,
@@ -305,7 +307,7 @@ class StreamEngine:
         sees_TE = step.sees_TE.to(x_LD.device)
         allowed_LT = store.allowed(step, sees_TE)
         if self.clock is not None:
-            position_L = store.place(step, sees_TE, place_L2, plane_T2)
+            position_L = store.place(step, place_L2, plane_T2)
         else:
             size_T = torch.bincount(step.frame_L, minlength=len(ids))
             rank_L = torch.arange(len(step.frame_L), device=x_LD.device)
