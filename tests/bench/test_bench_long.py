@@ -23,6 +23,7 @@ from foveate.bench import (
     read_result,
     run_bench,
 )
+from foveate.bench import inputs as inputs_module
 from foveate.bench import long_suite as long_module
 from foveate.bench import stage_times as stage_module
 from foveate.bench.identity import scorer_name
@@ -134,6 +135,24 @@ def test_what_a_scorer_saw_serves_all_cells(loaded: tuple[Any, Any]) -> None:
     assert seen == 4 * 40  # two questions about each clip, every second of it
     prompts.chosen(Recipe.of("f2c@frames"), 0.5)
     assert scorer.seen == seen
+
+
+def test_clips_beyond_those_that_stay_open_are_looked_at_once_a_cell(
+    loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inputs_module, "OPEN_CLIPS", 1)
+    scorer, opened = Brightness(), []
+    original = inputs_module.open_clip
+    monkeypatch.setattr(
+        inputs_module, "open_clip", lambda source: opened.append(1) or original(source)
+    )
+    prompts = Prompts(*loaded, Suite("mine", items(3)), 8, scorer=scorer)
+    for cell in (1, 2):
+        opened.clear()
+        prompts.chosen(Recipe.of("f2c@frames"), 0.25)
+        # The first stays open; two questions about each other one share it.
+        assert len(opened) == (3 if cell == 1 else 2)
+        assert scorer.seen == 2 * 40 + cell * 4 * 40
 
 
 def test_pixels_of_another_cell_make_room(loaded: tuple[Any, Any]) -> None:

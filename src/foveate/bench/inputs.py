@@ -6,7 +6,6 @@ Legend: B samples of a batch, L padded prompt length.
 from __future__ import annotations
 
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -115,7 +114,8 @@ class Prompts:
         self.damaged: list[str] = []
         self._kept: dict[Any, dict[str, Tensor]] = {}
         self._bytes = 0
-        self._clips: OrderedDict[str, Clip] = OrderedDict()
+        self._clips: dict[str, Clip] = {}
+        self._latest: tuple[str, Clip] | None = None
         for number, items in enumerate(_by_clip(suite), 1):
             self._read_clip(items, suite)
             progress(number, len(self.prompts))
@@ -138,12 +138,18 @@ class Prompts:
                 self._keep(self.prompts[-1], visual)
 
     def clip(self, item: Item) -> Clip:
-        """The clip of a question; the last ones stay open, with what a scorer saw of them."""
-        found = self._clips.pop(item.clip_id, None) or open_clip(item.video)
-        self._clips[item.clip_id] = found
-        while len(self._clips) > OPEN_CLIPS:
-            self._clips.popitem(last=False)
-        return found
+        """The clip of a question; the first ones stay open, with what a scorer saw of them.
+
+        Every cell goes over the clips in the same order: keeping the last ones would help nothing.
+        """
+        name = item.clip_id
+        if name in self._clips:
+            return self._clips[name]
+        if self._latest is None or self._latest[0] != name:
+            self._latest = name, open_clip(item.video)
+        if len(self._clips) < OPEN_CLIPS:
+            self._clips[name] = self._latest[1]
+        return self._latest[1]
 
     def chosen(
         self,
