@@ -112,7 +112,7 @@ def test_the_options_are_frozen() -> None:
         "ask": [
             *("--chunk", "--companion", "--compare", "--device", "--dtype", "--frames"),
             *("--isolate", "--json", "--max-new-tokens", "--model", "--no-overlap", "--out"),
-            *("--overlap", "--recipe", "--retain", "--scorer", "--tokens"),
+            *("--overlap", "--parts", "--recipe", "--retain", "--scorer", "--tokens"),
             *("-m", "-o", "-r", "question", "video"),
         ],
         "bench": [

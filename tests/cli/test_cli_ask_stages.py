@@ -106,6 +106,17 @@ def test_isolated_decoding_answers_the_same(run: Run, video: Path) -> None:
     assert apart["report"]["visual_after"] == plain["report"]["visual_after"]
 
 
+def test_parts_are_told_before_the_answer(run: Run, video: Path) -> None:
+    asked = ["ask", video, QUESTION, "-r", "divprune", "--parts", "2", "--frames", "8"]
+    code, out, err = run(*asked)
+    assert code == 0 and not err
+    first, second, *rest = out.splitlines()
+    assert first.startswith("0:00 to 0:12:") and second.startswith("0:12 to 0:24:") and rest[0]
+    document = json.loads(run(*asked, "--json")[1])
+    assert [thought["start"] for thought in document["thoughts"]] == [0.0, 12.0]
+    assert document["frames"]["shown"] == 8
+
+
 def test_a_companion_scores(run: Run, video: Path, companion: Path) -> None:
     for extra in ([], ["--scorer", "companion"]):
         code, out, err = run(

@@ -281,6 +281,15 @@ def ask_command(
     chunk: Annotated[
         int, typer.Option("--chunk", help="Frames that are read at a time then.", min=1)
     ] = 16,
+    parts: Annotated[
+        int | None,
+        typer.Option(
+            "--parts",
+            help="First ask about so many parts of the video, then think of what they show.",
+            min=1,
+            show_default=False,
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Ask a vision-language model about a clip."""
@@ -304,6 +313,7 @@ def ask_command(
         isolate=isolate,
         overlap=overlap,
         chunk=chunk,
+        parts=parts,
     ).run()
 
 

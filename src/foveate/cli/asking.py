@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from foveate.models.scorer import Scorer
 from foveate.video import Clip
 from foveate.view.answer import Answer, ask
 from foveate.view.html import check_destination, save_report
+from foveate.view.thinking import Thought, think
 
 #: What tells how well frames fit the question.
 SCORERS = ("auto", "self", "answer", "companion")
@@ -57,6 +59,7 @@ class Asking:
     isolate: bool = False
     overlap: bool | None = None
     chunk: int = 16
+    parts: int | None = None
 
     def run(self) -> None:
         """Answer the question.
@@ -88,29 +91,23 @@ class Asking:
             self._print_title(title)
             with stages(not self.as_json) as tell:
                 tell.position = lambda: clip.position
-
-                def write(text: str) -> None:
-                    tell.stop()
-                    if not self.as_json:
-                        sys.stdout.write(text)
-                        sys.stdout.flush()
-
-                found = ask(
-                    model,
-                    processor,
-                    clip,
-                    self.question,
-                    recipe,
-                    frames=self.frames,
-                    max_new_tokens=self.max_new_tokens,
-                    on_text=write,
-                    companion=companion,
-                    scorer=scorer,
-                    progress=tell,
-                    overlap=self.overlap,
-                    chunk=self.chunk,
+                options = {
+                    "frames": self.frames,
+                    "max_new_tokens": self.max_new_tokens,
+                    "on_text": self._writer(tell),
+                    "companion": companion,
+                    "scorer": scorer,
+                    "progress": tell,
+                    "overlap": self.overlap,
+                    "chunk": self.chunk,
                     **(self.budget if recipe is not None else {}),
-                )
+                }
+                asked = (model, processor, clip, self.question, recipe)
+                if self.parts is None:
+                    found = ask(*asked, **options)
+                else:
+                    options |= {"parts": self.parts, "on_thought": self._thinker(tell)}
+                    found = think(*asked, **options)
             if not self.as_json:
                 print("\n", flush=True)
             return found, tell
@@ -149,6 +146,26 @@ class Asking:
         if self.scorer == "answer":
             return AnsweringScorer(model, processor)
         return companion
+
+    def _writer(self, tell: Stages) -> Callable[[str], None] | None:
+        """Writes the answer as it comes, in place of the stages."""
+
+        def write(text: str) -> None:
+            tell.stop()
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+        return None if self.as_json else write
+
+    def _thinker(self, tell: Stages) -> Callable[[Thought], None] | None:
+        """Writes what a part shows as soon as it is known."""
+
+        def write(thought: Thought) -> None:
+            span = f"{clock(thought.start)} to {clock(thought.end)}"
+            with tell.paused():
+                out().print(f"[dim]{span}: {escape(thought.text)}[/]")
+
+        return None if self.as_json else write
 
     def _print_title(self, title: str) -> None:
         if title and not self.as_json:

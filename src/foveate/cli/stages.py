@@ -53,6 +53,11 @@ class Stages:
     def stop(self) -> None:
         """Say no more: the answer begins."""
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Out of the way while something is written to standard output."""
+        yield
+
     def words(self, stage: str, done: int, total: int) -> str:
         """Such as "640 of 3,600 frames looked at, to 10:39 of the video"."""
         unit = _STAGES[stage][1]
@@ -101,6 +106,14 @@ class _Bars(Stages):
 
     def stop(self) -> None:
         self._bars.stop()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        self._bars.stop()
+        try:
+            yield
+        finally:
+            self._bars.start()
 
 
 @contextmanager
