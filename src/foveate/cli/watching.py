@@ -95,8 +95,8 @@ class Watching:
 
     def _print_end(self, live: Live) -> None:
         report = live.report
-        if self.as_json:
-            return
+        if self.as_json or not report.decoded:
+            return  # What went wrong is said elsewhere.
         err().print(f"[dim]{escape(report.summary)}[/]")
         for gap in report.gaps[-5:]:
             err().print(f"[dim]{escape(str(gap))}[/]")
