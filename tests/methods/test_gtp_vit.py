@@ -225,15 +225,16 @@ def test_chunks_of_images_change_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     from foveate.methods import gtp_vit
 
     x = image(4, 3)
-    whole, _ = one_block(GTPViT(), x)
+    whole, _ = one_block(GTPViT(keep_attention=0.7), x)
     monkeypatch.setattr(gtp_vit, "_BYTES", 1)
-    single, _ = one_block(GTPViT(), x)
+    single, _ = one_block(GTPViT(keep_attention=0.7), x)
     assert whole is not None and single is not None
     assert whole.anchor_BM.equal(single.anchor_BM)
 
 
 def test_the_published_settings() -> None:
-    method = GTPViT()
+    method = GTPViT(keep_attention=None)
+    assert GTPViT().settings(196, 8) == (1.0, 0.1)
     assert method.settings(196, 4) == (1.0, 0.4)
     assert method.settings(196, 50) == (0.8, 0.3)
     assert method.settings(49, 2) == (0.6, 0.1)  # 8 of 196

@@ -7,7 +7,7 @@ import torch
 
 import foveate
 from foveate.core import Budget, EncoderContext, Reduction, Tokens, get_method
-from foveate.methods.zero_tprune import ZeroTPrune, prune_schedule, restricted, votes
+from foveate.methods.zero_tprune import ZeroTPrune, prune_schedule, votes
 
 ONCE = {"after": (1,), "rounds": (5,)}
 
@@ -82,12 +82,17 @@ def test_votes_go_with_their_tokens() -> None:
     torch.testing.assert_close(votes(moved, 4)[0], votes(attention, 4)[0][:, order])
 
 
+def test_votes_that_have_settled_are_not_counted_again() -> None:
+    attention = random_attention(2, 3, 25)
+    torch.testing.assert_close(votes(attention, 40)[0], votes(attention, 4000)[0])
+
+
 def test_padding_has_no_vote() -> None:
     attention = random_attention(1, 2, 10)
     alive_BM = torch.arange(10)[None] < 7
     short = attention[..., :7, :7]
     short = short / short.sum(-1, keepdim=True)
-    padded_BM, _ = votes(restricted(attention, alive_BM), 3, valid_BM=alive_BM)
+    padded_BM, _ = votes(attention, 3, alive_BM=alive_BM)
     torch.testing.assert_close(padded_BM[:, :7], votes(short, 3)[0])
     assert (padded_BM[:, 7:] == 0).all()
 

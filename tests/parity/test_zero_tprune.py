@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from foveate.methods.zero_tprune import ZeroTPrune, restricted, votes
+from foveate.methods.zero_tprune import ZeroTPrune, votes
 
 from .golden_cases import Case, cases
 
@@ -44,8 +44,7 @@ def test_steps(case: Case) -> None:
     alive_BM = torch.cat([torch.ones(B, prefix, dtype=torch.bool), ~gone_BP], dim=1)
     alive_BK = alive_BM.nonzero()[:, 1].view(B, -1)
     assert alive_BK.equal(case["alive_after_s"])
-    left_BHMM = restricted(attention_BHMM, alive_BM)
-    score_BM, heads_BH = votes(left_BHMM, args["iterations"], low, high, alive_BM)
+    score_BM, heads_BH = votes(attention_BHMM, args["iterations"], low, high, alive_BM)
     torch.testing.assert_close(
         score_BM.gather(1, alive_BK), case["importance"], atol=1e-6, rtol=1e-5
     )

@@ -23,6 +23,8 @@ Partition = Literal["unimportant", "important", "alternate", "all"]
 
 #: Bytes of attention matrices that are held at once.
 _BYTES = 2**28
+#: Votes have settled when none changes by more, of a mean of 1; looked at every so many rounds.
+_SETTLED, _LOOK = 1e-6, 4
 #: What a product may miss a whole number by and still be that number.
 _HAIR = 1e-9
 
@@ -32,23 +34,25 @@ def votes(
     rounds: int,
     low: float = 0.01,
     high: float = 0.7,
-    valid_BM: torch.Tensor | None = None,
+    alive_BM: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Importance of tokens by weighted page rank, and the heads that had a say.
 
-    All tokens begin with the same weight and vote with it for those they attend to, `rounds` times;
-    heads whose importances vary too little or too much over the tokens are left out, and the rest
-    is joined as a root mean square. O(rounds H M^2).
+    All tokens begin with the same weight and vote with it for those they attend to, `rounds` times
+    or until nothing changes; heads whose importances vary too little or too much over the tokens
+    are left out, and the rest is joined as a root mean square. O(rounds H M^2).
 
     Args:
         attention_BHMM: attention, rows adding up to 1, [B, H, M, M].
         rounds: of voting.
         low: least variance of a head's importances, which are scaled to a mean of 1.
         high: largest; where no head lies between the two, all count.
-        valid_BM: tokens that are no padding; None: all.
+        alive_BM: tokens that take part: the attention among them is scaled to rows of 1 again;
+            None: all.
 
     Returns:
-        Importance float32 [B, M], and which heads count, bool [B, H].
+        Importance float32 [B, M], zero for tokens that take no part, and which heads count, bool
+        [B, H].
 
     Example:
         >>> attention = torch.tensor([[0.5, 0.5, 0.0], [0.25, 0.5, 0.25], [0.0, 0.5, 0.5]])
@@ -58,24 +62,26 @@ def votes(
     Source: Zero-TPrune, section 3.2 (arXiv 2305.17328).
     """
     B, H, M, _ = attention_BHMM.shape
-    weight_BM = attention_BHMM.new_ones(B, M) if valid_BM is None else valid_BM.float()
-    num_B1 = weight_BM.sum(1, keepdim=True)
-    score_BHM = (weight_BM / num_B1)[:, None].expand(B, H, M)
-    for _ in range(rounds):
-        score_BHM = (score_BHM[:, :, None] @ attention_BHMM)[:, :, 0]
-    scaled_BHM = (score_BHM * num_B1[:, None] - 1) * weight_BM[:, None]
-    variance_BH = scaled_BHM.square().sum(2) / num_B1
+    weight_BM = attention_BHMM.new_ones(B, M) if alive_BM is None else alive_BM.to(attention_BHMM)
+    num_B11 = weight_BM.sum(1)[:, None, None]
+    share_BHM = weight_BM[:, None].expand(B, H, M)
+    if alive_BM is not None:
+        # Dividing each vote by what its row has left is the same as scaling the rows.
+        total_BHM = (attention_BHMM @ weight_BM[:, None, :, None])[..., 0]
+        share_BHM = share_BHM / total_BHM.clamp_min(torch.finfo(torch.float32).tiny)
+    score_BHM = (weight_BM[:, None] / num_B11).expand(B, H, M)
+    for done in range(1, rounds + 1):
+        before_BHM = score_BHM
+        score_BHM = ((score_BHM * share_BHM)[:, :, None] @ attention_BHMM)[:, :, 0]
+        score_BHM = score_BHM * weight_BM[:, None]
+        if done % _LOOK == 0 and bool(((score_BHM - before_BHM).abs() * num_B11).max() < _SETTLED):
+            break
+    scaled_BHM = (score_BHM * num_B11 - 1) * weight_BM[:, None]
+    variance_BH = scaled_BHM.square().sum(2) / num_B11[..., 0]
     heads_BH = (variance_BH >= low) & (variance_BH <= high)
     heads_BH = heads_BH | ~heads_BH.any(1, keepdim=True)
     total_BM = (score_BHM.square() * heads_BH[..., None]).sum(1)
     return (total_BM / heads_BH.sum(1, keepdim=True)).sqrt(), heads_BH
-
-
-def restricted(attention_BHMM: torch.Tensor, alive_BM: torch.Tensor) -> torch.Tensor:
-    """Attention among the tokens that are left, its rows adding up to 1 again; zero elsewhere."""
-    inside_B1MM = (alive_BM[:, :, None] & alive_BM[:, None])[:, None]
-    part_BHMM = attention_BHMM * inside_B1MM
-    return part_BHMM / part_BHMM.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
 
 
 @lru_cache
@@ -188,8 +194,7 @@ class ZeroTPrune(Method):
             "Ours: variances are those of importances scaled to a mean of 1; rows of the attention "
             "are scaled to 1 again after the first step; counts are rounded up.",
             "Prefix tokens ([CLS], registers) vote, are never pruned and do not count.",
-            "Sizes of merged tokens and padding of other methods: padding has no vote, sizes have "
-            "no weight in it.",
+            "Voting ends early where nothing changes any more.",
             "Inside a vision-language model the projector finds every dropped patch in the state "
             "in which it left.",
         ),
@@ -280,7 +285,7 @@ class ZeroTPrune(Method):
         feature_BMC = self._features(tokens, context)
         P = context.state.setdefault("patches", M - prefix)
         counts = self.schedule(P, context.budget)
-        mask_BM = tokens.mask_BN
+        mask_BM, size_BM = tokens.mask_BN, context.size_BN
         if mask_BM is None:
             mask_BM = torch.ones(B, M, dtype=torch.bool, device=tokens.device)
         # Images that entered with fewer patches lose in proportion.
@@ -291,7 +296,8 @@ class ZeroTPrune(Method):
         step = max(1, _BYTES // max(q_BHMd.shape[1] * M * M * 4, 1))
         for first in range(0, B, step):
             part = slice(first, first + step)
-            attention = ops.attention_rows(q_BHMd[part], k_BHMd[part], key_mask=mask_BM[part])
+            bias = None if size_BM is None else size_BM[part, None, None].log()
+            attention = ops.attention_matrix(q_BHMd[part], k_BHMd[part], bias)
             alive, importance = mask_BM[part], None
             for i in acting:
                 few_b2 = (
@@ -316,8 +322,7 @@ class ZeroTPrune(Method):
         prefix: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One pruning layer: who is left, bool [B, M], and the importance of those it asked."""
-        now_BHMM = restricted(attention_BHMM, alive_BM)
-        vote_BM, _ = votes(now_BHMM, 1, self.low, self.high, alive_BM)
+        vote_BM, _ = votes(attention_BHMM, 1, self.low, self.high, alive_BM)
         keep_BP = alive_BM[:, prefix:]
         drop_B = (keep_BP.sum(1) - count_B2[:, 0]).clamp_min(0)
         if bool((drop_B > 0).any()):
@@ -326,8 +331,7 @@ class ZeroTPrune(Method):
             )
             keep_BP = keep_BP & ~gone_BP
             alive_BM = torch.cat([alive_BM[:, :prefix], keep_BP], dim=1)
-            now_BHMM = restricted(attention_BHMM, alive_BM)
-        score_BM, _ = votes(now_BHMM, rounds, self.low, self.high, alive_BM)
+        score_BM, _ = votes(attention_BHMM, rounds, self.low, self.high, alive_BM)
         keep_BP = _best(score_BM[:, prefix:], count_B2[:, 1], keep_BP)
         return torch.cat([alive_BM[:, :prefix], keep_BP], dim=1), score_BM
 

@@ -49,6 +49,7 @@ from foveate.ops.schedule import earlier_layers, mean_share, share_schedule
 from foveate.ops.score import (
     adjacent_similarity,
     attention_column_sums,
+    attention_matrix,
     attention_rows,
     cosine_similarity_matrix,
     masked_softmax,
@@ -90,6 +91,7 @@ __all__ = [
     "concentration",
     "cosine_similarity_matrix",
     "cut_towards",
+    "attention_matrix",
     "dpc_knn",
     "duplicate_links",
     "earlier_layers",

@@ -216,6 +216,33 @@ def attention_rows(
         return masked_softmax(logits_BHRM)
 
 
+def attention_matrix(q_BHND: Tensor, k_BHMD: Tensor, bias: Tensor | None = None) -> Tensor:
+    """All attention of one layer, for methods that need the whole matrix.
+
+    Half the time of `attention_rows`, without its masks. O(B H N M D) time, O(B H N M) memory: call
+    it for a few images at a time.
+
+    Args:
+        q_BHND: queries [B, H, N, D].
+        k_BHMD: keys [B, H, M, D].
+        bias: added to the scaled logits, broadcastable to [B, H, N, M]; every row needs a key.
+
+    Returns:
+        [B, H, N, M] in float32 (float64 for float64 input).
+
+    Example:
+        >>> q, k = torch.randn(2, 1, 3, 5, 8)
+        >>> attention_matrix(q, k).allclose(attention_rows(q, k), atol=1e-6)
+        True
+    """
+    with full_precision(q_BHND.device):
+        query_BHND = widen(q_BHND) * q_BHND.shape[-1] ** -0.5
+        logits_BHNM = query_BHND @ widen(k_BHMD).transpose(-1, -2)
+        if bias is not None:
+            logits_BHNM += bias
+        return logits_BHNM.softmax(-1)
+
+
 def masked_softmax(logits: Tensor) -> Tensor:
     """Softmax over the last axis that gives zeros, not NaN, where every logit is -inf.
 

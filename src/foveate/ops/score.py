@@ -2,6 +2,7 @@
 
 from foveate.ops.attention import (
     attention_column_sums,
+    attention_matrix,
     attention_rows,
     masked_softmax,
     received_attention,
@@ -17,6 +18,7 @@ from foveate.ops.similarity import (
 __all__ = [
     "adjacent_similarity",
     "attention_column_sums",
+    "attention_matrix",
     "attention_rows",
     "cosine_similarity_matrix",
     "masked_softmax",
