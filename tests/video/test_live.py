@@ -326,11 +326,13 @@ def test_a_slow_consumer_loses_the_oldest(ts: Path) -> None:
         if live.report.ended:
             break
         time.sleep(0.05)
-    rest = collect(live)
-    assert rest.index.tolist() == [55, 56, 57, 58, 59]
+    # The reader may have been through before the first call came back.
+    found = [*first.index.tolist(), *(rank for frames in live for rank in frames.index.tolist())]
+    assert found[-5:] == [55, 56, 57, 58, 59]
     report = live.report
-    assert report.given == len(first) + 5
+    assert report.given == len(found) <= len(first) + 5
     assert report.given + report.dropped == report.taken == report.decoded == 60
+    assert report.dropped >= 60 - len(first) - 5 > 0
     assert f"{report.dropped} dropped" in report.summary
 
 

@@ -33,7 +33,8 @@ from foveate.video.live_address import (
     shown,
 )
 from foveate.video.live_bytes import ForwardFile, GrowingFile, PipeBytes
-from foveate.video.live_feed import Feed, LiveReport, Picture, Settings, run
+from foveate.video.live_feed import Feed, LiveReport, Picture, Settings
+from foveate.video.live_reading import run
 
 Behind = Literal["wait", "drop_oldest"]
 # Pictures wait in a queue, several of them: less is allowed than of a file.
