@@ -197,7 +197,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--frames", type=int, default=16, help="of each clip")
-    parser.add_argument("--size", type=int, default=378)
+    parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--nearest", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=3)
