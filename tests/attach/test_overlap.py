@@ -139,7 +139,11 @@ def test_equals_the_prefill_in_one_go(family: str, depth: int) -> None:
 @pytest.mark.parametrize(
     ("recipe", "family"),
     [("pool", family) for family in FAMILIES]
-    + [("tome@encoder", "llava_onevision"), ("tome@encoder + pool", "video_llava")],
+    + [
+        ("zero_tprune@encoder", "llava_onevision"),
+        ("tome@encoder", "llava_onevision"),
+        ("tome@encoder + pool", "video_llava"),
+    ],
 )
 def test_methods_that_act_per_frame_give_the_same(recipe: str, family: str) -> None:
     ids, logits = one_go(family, recipe, retain=0.5)
