@@ -13,7 +13,6 @@ Legend: B images of a call, N tokens of one of them, M tokens left, D channels.
 
 from __future__ import annotations
 
-import inspect
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -146,7 +145,9 @@ class EncoderStage(OfOneModel):
             # First of all, so that whoever records this attention sees the weights it works with.
             handles.append(
                 tower.attentions[index].register_forward_pre_hook(
-                    self._before_attention(index), with_kwargs=True, prepend=True
+                    size_hook(tower.attentions[index], self._bias, self.flash),
+                    with_kwargs=True,
+                    prepend=True,
                 )
             )
             observe = self._on_attention(index)
@@ -197,41 +198,6 @@ class EncoderStage(OfOneModel):
             if args:
                 return (x_BND, *args[1:]), kwargs
             return args, {**kwargs, "hidden_states": x_BND}
-
-        return hook
-
-    def _before_attention(self, index: int) -> Callable:
-        accepted = list(inspect.signature(self.tower.attentions[index].forward).parameters)
-        position = accepted.index("attention_mask") if "attention_mask" in accepted else None
-
-        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-            size_BN = self.sizes()
-            if size_BN is None:
-                return None
-            if position is None:
-                raise AttachmentError(
-                    f"{type(module).__name__} takes no attention mask in this release of "
-                    "transformers, so merged tokens cannot weigh more in attention and images "
-                    "cannot differ in length: upgrade transformers, or pass prop_attn=False (tome) "
-                    "or batch_max=True (flowcut)."
-                )
-            if self.flash:
-                raise AttachmentError(
-                    f"{self.flash} takes no padding mask, and the images of this call differ in "
-                    "length inside the encoder: pass batch_max=True (flowcut), or load the encoder "
-                    'with attn_implementation="sdpa".'
-                )
-            x_BND = args[0] if args else kwargs["hidden_states"]
-            packing = self.run.packing if self.run is not None else None
-            if packing is None:
-                bias = size_BN.log()[:, None, None].to(x_BND.dtype)
-            else:
-                bias = packing.attention_bias(size_BN, x_BND.dtype)
-            if position < len(args):
-                _refuse_mask(args[position])
-                return (*args[:position], bias, *args[position + 1 :]), kwargs
-            _refuse_mask(kwargs.get("attention_mask"))
-            return args, {**kwargs, "attention_mask": bias}
 
         return hook
 
@@ -410,6 +376,15 @@ class EncoderStage(OfOneModel):
             return None
         return encoder_notebook(run.notes, run.reduction, shape, index, self.tower.num_prefix)
 
+    def _bias(self, dtype: torch.dtype) -> torch.Tensor | None:
+        """What sizes and padding add to the attention logits of the running block."""
+        size_BN, run = self.sizes(), self.run
+        if size_BN is None or run is None:
+            return None
+        if run.packing is None:
+            return size_BN.log()[:, None, None].to(dtype)
+        return run.packing.attention_bias(size_BN, dtype)
+
     def sizes(self) -> torch.Tensor | None:
         """How many tokens each present one counts for in attention, [B, N]; None: one each.
 
@@ -426,11 +401,3 @@ class EncoderStage(OfOneModel):
 
 def _is_proportional(step: tuple[int, Method]) -> bool:
     return bool(getattr(step[1], "proportional_attention", False))
-
-
-def _refuse_mask(mask: torch.Tensor | None) -> None:
-    if mask is not None:
-        raise AttachmentError(
-            "These images carry a padding mask inside the encoder; encoder-stage methods need "
-            "images without padding. Resize them to one shape, or use a projector-stage method."
-        )

@@ -1,13 +1,14 @@
-"""Encoder blocks whose attention a method computes itself.
+"""Attention inside encoder blocks: sizes added to its logits, and what methods compute themselves.
 
-The block's own kernel runs as ever; the output projection behind it is handed what the method made
-of the same queries, keys and values instead.
+A method that computes attention gets the queries, keys and values of the block's own kernel, which
+runs as ever; the output projection behind it is handed what the method made of them instead.
 
 Legend: B images of a call, H heads, N tokens present, d channels of a head.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import nn
 from foveate.attach.encoder_run import EncoderRun
 from foveate.core import EncoderContext, Method
 from foveate.core.method import overrides
+from foveate.errors import AttachmentError
 from foveate.models.tower import VisionTower
 
 
@@ -69,3 +71,51 @@ def rewrite_hook(
         return (own_BNC, *rest) if changed else None
 
     return hook
+
+
+def size_hook(
+    attention: nn.Module, bias: Callable[[torch.dtype], torch.Tensor | None], flash: str
+) -> Callable[[nn.Module, tuple, dict[str, Any]], Any]:
+    """A pre-hook that adds the sizes of tokens to the logits of a block's attention.
+
+    Args:
+        attention: the module, for the names of its arguments.
+        bias: gives what to add in the running block, None for nothing.
+        flash: name of a kernel that takes no mask, empty for others.
+    """
+    accepted = list(inspect.signature(attention.forward).parameters)
+    position = accepted.index("attention_mask") if "attention_mask" in accepted else None
+
+    def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        x_BND = args[0] if args else kwargs["hidden_states"]
+        added = bias(x_BND.dtype)
+        if added is None:
+            return None
+        if position is None:
+            raise AttachmentError(
+                f"{type(module).__name__} takes no attention mask in this release of "
+                "transformers, so merged tokens cannot weigh more in attention and images "
+                "cannot differ in length: upgrade transformers, or pass prop_attn=False (tome) "
+                "or batch_max=True (flowcut)."
+            )
+        if flash:
+            raise AttachmentError(
+                f"{flash} takes no padding mask, and the images of this call differ in "
+                "length inside the encoder: pass batch_max=True (flowcut), or load the encoder "
+                'with attn_implementation="sdpa".'
+            )
+        if position < len(args):
+            _refuse_mask(args[position])
+            return (*args[:position], added, *args[position + 1 :]), kwargs
+        _refuse_mask(kwargs.get("attention_mask"))
+        return args, {**kwargs, "attention_mask": added}
+
+    return hook
+
+
+def _refuse_mask(mask: torch.Tensor | None) -> None:
+    if mask is not None:
+        raise AttachmentError(
+            "These images carry a padding mask inside the encoder; encoder-stage methods need "
+            "images without padding. Resize them to one shape, or use a projector-stage method."
+        )
