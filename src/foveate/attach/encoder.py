@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from foveate.attach.encoder_attention import outside_reader, rewrite_hook, rewriting
+from foveate.attach.encoder_attention import outside_reader, rewrite_hook, rewriting, size_hook
 from foveate.attach.encoder_run import (
     EncoderRun,
     acts_at,
