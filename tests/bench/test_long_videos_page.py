@@ -75,14 +75,26 @@ def test_rows_stand_beside_uniform_sampling_with_as_many_tokens(
         assert f"## {title}\n\n60 questions about 12 clips." in page
 
 
-def test_an_unfinished_run_is_refused(script: ModuleType, folder: Path, tmp_path: Path) -> None:
+def test_a_run_without_anything_to_compare_with_is_refused(
+    script: ModuleType, folder: Path, tmp_path: Path
+) -> None:
     for name in script.RUNS:
-        (tmp_path / name).symlink_to(folder / name)
-    (tmp_path / "dense").unlink()
-    (tmp_path / "dense").mkdir()
-    run = json.loads((folder / "dense" / "run.json").read_text())
-    (tmp_path / "dense" / "run.json").write_text(json.dumps(run))
-    with pytest.raises(ValueError, match="dense has no result yet of untouched at 1"):
+        (tmp_path / name).mkdir()
+        for file in ("run.json", "cells.jsonl", "answers.jsonl"):
+            (tmp_path / name / file).write_text((folder / name / file).read_text())
+    (tmp_path / "shown.json").write_text((folder / "shown.json").read_text())
+    rows = [json.loads(line) for line in (tmp_path / "dense" / "cells.jsonl").open()]
+
+    def keep(wanted: list) -> None:
+        text = "".join(json.dumps(row) + "\n" for row in wanted)
+        (tmp_path / "dense" / "cells.jsonl").write_text(text)
+
+    keep([row for row in rows if (row["recipe"], row["retain"]) != ("f2c", 0.25)])
+    dense = script.page(tmp_path).partition(script.TITLES["dense"])[2]
+    line = next(line for line in dense.splitlines() if line.startswith("| `f2c`"))
+    assert line.count("\N{EN DASH}") == 4  # what is not measured yet is a dash
+    keep([row for row in rows if row["recipe"] != "untouched"])
+    with pytest.raises(ValueError, match="dense lacks the untouched model or even_frames"):
         script.page(tmp_path)
 
 
