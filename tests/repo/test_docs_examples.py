@@ -43,6 +43,12 @@ def test_concepts_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert module.merge.matrix().tolist() == [[[0.5, 0.5, 0, 0], [0, 0, 1, 0]]]
 
 
+def test_asking_about_a_long_video_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = run("docs/long-videos.md", monkeypatch)
+    assert module.answer.text == module.film.events[0].question.answer
+    assert module.answer.timeline.seconds()["choose"] > 0
+
+
 def test_training_a_size_of_your_own_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     module = run("docs/training.md", monkeypatch)

@@ -63,8 +63,8 @@ class AnsweringScorer:
         ValueError: a value is out of range.
 
     Example:
-        >>> model, processor = foveate.embedded()
-        >>> scorer = foveate.AnsweringScorer(model, processor, repeat=4)
+        >>> from foveate.checkpoints import embedded
+        >>> scorer = AnsweringScorer(*embedded(), repeat=4)
         >>> grey = torch.full((3, 3, 64, 64), 127, dtype=torch.uint8)
         >>> scorer.relevance(grey, "where is the star?").shape
         torch.Size([3])
@@ -179,7 +179,8 @@ def own_scorer(model: nn.Module, processor: Any) -> Scorer:
         processor: its processor.
 
     Example:
-        >>> type(own_scorer(*foveate.embedded())).__name__
+        >>> from foveate.checkpoints import embedded
+        >>> type(own_scorer(*embedded())).__name__
         'AnsweringScorer'
     """
     kind = "video" if getattr(processor, "image_token", None) is None else "image"
