@@ -301,3 +301,12 @@ def test_a_reader_of_ones_own(gop_video):
     frames = clip.take([0, 40, 41])
     assert asked == [[(0,), (40, 41)]]
     assert torch.equal(frames.pixels, Clip(gop_video).take([0, 40, 41]).pixels)
+
+
+def test_position_is_that_of_the_last_frame_given_out() -> None:
+    clip = Clip(torch.zeros(10, 3, 4, 6, dtype=torch.uint8), fps=2)
+    assert clip.position == 0.0
+    with clip.stream(chunk=4) as stream:
+        assert [(len(frames), clip.position) for frames in stream] == [(4, 1.5), (4, 3.5), (2, 4.5)]
+    clip.take([3, 1])
+    assert clip.position == 1.5
