@@ -34,6 +34,8 @@ from foveate.video.parallel import cores
 DEPTH = 2
 #: Seconds without any progress after which a wait ends in an error.
 TIMEOUT = 600.0
+#: Seconds that a worker which was told to stop has at least to finish the chunk in its hands.
+GRACE = 60.0
 
 Progress = Callable[[str, int, int], None]
 
@@ -247,7 +249,7 @@ class OverlappedPrefill:
         if not hasattr(self.chunks, "gi_frame"):  # a generator is closed by its own thread
             getattr(self.chunks, "close", lambda: None)()
         for thread in self._threads:
-            thread.join(self.timeout)
+            thread.join(max(self.timeout, GRACE))
         self._threads, self._channels = [], []
 
     # -- the three workers ----------------------------------------------------------------------

@@ -179,7 +179,8 @@ class _VideoPlanes(LlavaNextAdapter):
 
     def open_ended(self) -> LlavaNextAdapter:
         part = copy.copy(self)
-        part.__dict__["video_newlines"] = 0
+        # On the copy alone: the class keeps what closes its videos.
+        vars(part)["video_newlines"] = 0
         return part
 
     def grids(
