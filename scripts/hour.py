@@ -84,7 +84,8 @@ def needles(clips: int, seconds: float, first: int, recipes: list[str], chosen: 
                 progress=lambda stage, done, total, told=told: told.update({stage: total}),
             )
             items = answer.report.items
-            times = items[0].seconds if items else shown.sample(16).seconds.tolist()
+            times = items[0].seconds if items else None
+            times = times or shown.sample(16).seconds.tolist()
             found[recipe] += any(event.start <= at < event.stop for at in times)
             right[recipe] += answer.text == event.question.answer
             if told.get("choose", 0) >= seconds:  # Others ask again about the same frames.
