@@ -105,7 +105,7 @@ def attach(name: str, model: nn.Module, **options: Any) -> foveate.Attachment:
     row = METHOD_TABLE[name]
     if row.reduces and not {"retain", "tokens"} & set(options):
         options["retain"] = row.retain
-    return foveate.reduce(model, row.recipe, **options)
+    return foveate.reduce(model, row.recipe, **row.arguments(), **options)
 
 
 def chosen(run: foveate.Attachment) -> list[set[int]]:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
 
 from tiny import PACKED, TINY_FAMILIES
 
@@ -16,6 +21,16 @@ WITH_VIDEOS = (
     "qwen3_vl",
     "video_llama_3",
 )
+
+
+@cache
+def segmentation_heads() -> dict[str, Any]:
+    """Heads for three classes on the tiny encoders, which have 24 channels."""
+    from foveate.methods.dtop import MaskHead
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return {"heads": tuple(MaskHead(24, 3, width=8, num_heads=2).eval() for _ in range(3))}
 
 
 @dataclass(frozen=True)
@@ -34,6 +49,7 @@ class Row:
         reduces: it takes tokens away; if not, it only changes attention and has no budget.
         rounds: it stores the cache in few bits when groups are full, so that what a token reads
             depends on how many come at a time.
+        arguments: gives what cannot be written in a recipe.
     """
 
     recipe: str
@@ -46,6 +62,7 @@ class Row:
     reads_text: bool = False
     reduces: bool = True
     rounds: bool = False
+    arguments: Callable[[], dict[str, Any]] = dict
 
 
 #: Registry name -> row.
@@ -61,6 +78,13 @@ METHOD_TABLE: dict[str, Row] = {
     "b_vllm": Row("b_vllm", ("projector",), exact=False, merges=True, reads_text=True),
     "catp": Row("catp", ("projector", "decoder"), exact=False, reads_text=True),
     "divprune": Row("divprune", ("projector",)),
+    # Three stages also in encoders whose features come from the third block.
+    "dtop": Row(
+        "dtop(after=(0.34, 0.67))",
+        ("encoder",),
+        families=tuple(f for f in TINY_FAMILIES if f not in PACKED),
+        arguments=segmentation_heads,
+    ),
     "dycoke": Row("dycoke", ("projector", "cache"), on_images=False, reads_text=True),
     "evs": Row("evs", ("projector",), families=WITH_VIDEOS, on_images=False),
     "f2c": Row(
@@ -165,6 +189,12 @@ METHOD_TABLE: dict[str, Row] = {
         "safewatch(policies=((-4, -2), (-2, -1)))",
         ("decoder", "cache"),
         reads_text=True,
+    ),
+    "stvit": Row(
+        "stvit",
+        ("encoder",),
+        merges=True,
+        families=tuple(f for f in TINY_FAMILIES if f not in PACKED),
     ),
     # [CLS] tokens stay with whole frames, and how many these are depends on the cuts.
     "tdc": Row(

@@ -81,6 +81,8 @@ class EncoderRun:
         """Tokens of every image behind the last reduction."""
         if self.reduction is None:
             return (self.num_tokens,) * self.num_images
+        if self.reduction.mask_BM is None:
+            return (self.reduction.num_out,) * self.num_images
         return tuple(self.reduction.counts_B.tolist())
 
     def flops(self, dims: EncoderDims) -> int:

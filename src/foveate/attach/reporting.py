@@ -45,6 +45,9 @@ def note_encoder(report: Report, recipe: Recipe, runs: Iterable[EncoderRun]) -> 
                 0, StageReport("encoder", _names(recipe, "encoder"), before, after)
             )
             report.spend("encoder", run.seconds)
+        if run.dense is not None:
+            cost = f"{run.dense.flops / 1e9:.3g} GFLOPs"
+            report.notes.append(f"The heads of {run.dense.method} cost {cost} beside the encoder.")
     for run in runs:
         if run.entered is not None:
             before, after = (run.num_tokens,) * run.num_images, run.entered.counts_B.tolist()

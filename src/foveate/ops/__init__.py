@@ -76,6 +76,14 @@ from foveate.ops.select import (
     uniform_indices,
 )
 from foveate.ops.stretch import ntk_base, ntk_frequencies
+from foveate.ops.windows import (
+    cell_shares,
+    cut_windows,
+    join_windows,
+    pool_windows,
+    surroundings,
+    windows_of,
+)
 
 __all__ = [
     "Matching",
@@ -83,15 +91,17 @@ __all__ = [
     "Segmentation",
     "adjacent_similarity",
     "attention_column_sums",
+    "attention_matrix",
     "attention_rows",
     "average_matrix",
     "bilinear_matrix",
     "bipartite_matching",
+    "cell_shares",
     "change_points",
     "concentration",
     "cosine_similarity_matrix",
     "cut_towards",
-    "attention_matrix",
+    "cut_windows",
     "dpc_knn",
     "duplicate_links",
     "earlier_layers",
@@ -106,6 +116,7 @@ __all__ = [
     "image_patches",
     "interleave",
     "jensen_shannon",
+    "join_windows",
     "k_centre",
     "k_medoids",
     "kmeans",
@@ -128,6 +139,7 @@ __all__ = [
     "parse_r",
     "patch_change",
     "peak_attention",
+    "pool_windows",
     "presence_scores",
     "proportional",
     "quantise",
@@ -143,9 +155,11 @@ __all__ = [
     "share_schedule",
     "split_evenly",
     "sure_tokens",
+    "surroundings",
     "top_k",
     "top_k_ragged",
     "top_k_ranked",
     "uniform_indices",
     "unmerge",
+    "windows_of",
 ]
