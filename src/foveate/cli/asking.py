@@ -193,7 +193,8 @@ class Asking:
     ) -> None:
         console, report = out(), reduced[0].report
         console.print(recipe_line(made, report))
-        console.print(stage_table(report))
+        if report.stages:
+            console.print(stage_table(report))
         console.print()
         console.print(_figures([reduced] if untouched is None else [reduced, untouched]))
         console.print(facts(report))

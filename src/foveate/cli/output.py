@@ -162,4 +162,6 @@ def segment_line(report: Report) -> str:
 
 def recipe_line(recipe: Recipe, report: Report) -> str:
     """What was run on what."""
+    if not report.model:
+        return f"[bold]{recipe}[/] had nothing to do: the budget keeps everything"
     return f"[bold]{recipe}[/] on {report.model}, {report.budget}"
