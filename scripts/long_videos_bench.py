@@ -103,9 +103,12 @@ real video.
   tokens. F2C spreads its clips over time, by design, and shows the burst in too few frames.
 - **A codec's key frames know nothing of a needle** that comes and goes within a scene (KFFocus);
   QuickVideo's pruning begins behind prefill, so that it answers as the untouched model does.
-- **Choosing costs more than decoding.** What a scorer looks at is most of the time of a
-  question; the vision tower is next, and decoding last, of small pictures as here. Times were
-  taken while other programs were at work: read them as shares, not as speeds."""
+- **Choosing costs most where a scorer looks.** F2C's stills are nearly all of its time, more the
+  longer the clip; they are the price of what it finds. Where nothing is scored, the vision tower
+  and decoding share the time, and in 20 minutes decoding is up to half of it. Times were taken
+  while other programs were at work: read them as shares, not as speeds.
+- **Few clips.** Six clips of 20 minutes leave wide intervals, and by the rule of the bench no
+  difference is certain where fewer than six clips are answered differently."""
 
 
 # -- running --------------------------------------------------------------------------------------
