@@ -77,6 +77,13 @@ METHOD_TABLE: dict[str, Row] = {
     ),
     "b_vllm": Row("b_vllm", ("projector",), exact=False, merges=True, reads_text=True),
     "catp": Row("catp", ("projector", "decoder"), exact=False, reads_text=True),
+    "centerclip": Row(
+        "centerclip",
+        ("encoder",),
+        merges=True,
+        families=("llava_next_video", "llava_onevision", "video_llava"),
+        on_images=False,
+    ),
     "divprune": Row("divprune", ("projector",)),
     # Three stages also in encoders whose features come from the third block.
     "dtop": Row(
@@ -199,6 +206,13 @@ METHOD_TABLE: dict[str, Row] = {
     # [CLS] tokens stay with whole frames, and how many these are depends on the cuts.
     "tdc": Row(
         "tdc", ("projector",), exact=False, merges=True, families=WITH_VIDEOS, on_images=False
+    ),
+    "tempme": Row(
+        "tempme",
+        ("encoder",),
+        merges=True,
+        families=("llava_next_video", "llava_onevision", "video_llava"),
+        on_images=False,
     ),
     "todre": Row("todre(tau=1.1)", ("projector", "decoder"), exact=False),
     "token_transforming": Row(

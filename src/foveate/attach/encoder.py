@@ -24,6 +24,8 @@ import torch
 from torch import nn
 
 from foveate.attach.encoder_attention import outside_reader, rewrite_hook, rewriting, size_hook
+from foveate.attach.encoder_joining import join_frames, joins, note_front
+from foveate.attach.encoder_lora import lora_handles
 from foveate.attach.encoder_run import (
     EncoderRun,
     acts_at,
@@ -131,6 +133,10 @@ class EncoderStage(OfOneModel):
         run = self.run
         return None if run is None or run.restored else run.reduction
 
+    def images_in_a_row(self) -> int:
+        """Frames of a video that were joined into one row."""
+        return 1 if self.run is None or self.run.restored else self.run.joined
+
     # -- hooks ----------------------------------------------------------------------------------
 
     def install(self, handles: list[Any]) -> None:
@@ -153,6 +159,8 @@ class EncoderStage(OfOneModel):
             observe = self._on_attention(index)
             tap = TowerTap(tower, index, observe, self.reads_values)
             handles += tap.handles
+            for number, method in self.steps:
+                handles += lora_handles(tower, index, method, self._is_acting(number))
             if rewriting(self.steps):
                 hook = rewrite_hook(self._rewriters(index, tap))
                 handles.append(tower.attention_outputs[index].register_forward_pre_hook(hook))
@@ -209,6 +217,9 @@ class EncoderStage(OfOneModel):
                 self.run.captured = q, k, v
 
         return observe
+
+    def _is_acting(self, number: int) -> Callable[[], bool]:
+        return lambda: self.run is not None and not self.budget(number).is_full
 
     def _rewriters(
         self, index: int, tap: TowerTap
@@ -305,6 +316,12 @@ class EncoderStage(OfOneModel):
             shape = (x_BND.shape[0], x_BND.shape[1])
             context = self._context(run, number, method, index, captured, shape, point)
             tokens = Tokens(x_BND) if run.tokens is None else replace(run.tokens, x_BND=x_BND)
+            if point == "block_start" and joins(method):
+                rows = join_frames(run, method, context, tokens)
+                if rows is not tokens:
+                    tokens, x_BND, changed = rows, rows.x_BND, True
+                    shape = (x_BND.shape[0], x_BND.shape[1])
+                    context = self._context(run, number, method, index, captured, shape, point)
             with torch.no_grad():
                 reduction = method.encoder(tokens, context)
             take_notes(run, number, method, context)
@@ -314,6 +331,7 @@ class EncoderStage(OfOneModel):
                 run.tokens = tokens.reduce(reduction)
                 x_BND, changed = run.tokens.x_BND, True
                 run.reduction = run.tokens.reduction
+                note_front(run)
             run.seconds += time.perf_counter() - begin
         if changed:
             run.captured = None
@@ -341,8 +359,10 @@ class EncoderStage(OfOneModel):
             layer=index,
             num_layers=self.tower.feature_block + 1,
             point=point,
-            num_prefix=self.tower.num_prefix,
+            num_prefix=run.front,
             has_cls=self.tower.has_cls,
+            num_images=run.num_images,
+            joined=run.joined,
             keys_BHNd=keys,
             queries_BHNd=queries,
             values_BHNd=values,
@@ -374,7 +394,8 @@ class EncoderStage(OfOneModel):
     def _notebook(self, run: EncoderRun, index: int, shape: tuple[int, int]) -> Notebook | None:
         if not self.evidence:
             return None
-        return encoder_notebook(run.notes, run.reduction, shape, index, self.tower.num_prefix)
+        images = (run.joined, run.num_tokens, run.num_prefix)
+        return encoder_notebook(run.notes, run.reduction, shape, index, *images)
 
     def _bias(self, dtype: torch.dtype) -> torch.Tensor | None:
         """What sizes and padding add to the attention logits of the running block."""

@@ -51,6 +51,8 @@ class EncoderRun:
         mlp_rows: likewise its MLP.
         dense: what a method predicted for every patch.
         outside: images, queries and keys of every reading of tokens outside the sequence.
+        joined: images that a row holds, consecutive frames of one video.
+        front: prefix tokens in front of the patches of a row.
     """
 
     num_images: int = 0
@@ -76,13 +78,24 @@ class EncoderRun:
     mlp_rows: list[int] = field(default_factory=list)
     dense: DensePrediction | None = None
     outside: list[tuple[int, int, int]] = field(default_factory=list)
+    joined: int = 1
+    front: int = 0
+
+    def __post_init__(self) -> None:
+        self.front = self.num_prefix
+
+    def counts_before(self) -> tuple[int, ...]:
+        """Tokens that entered the first block, by image, or by row where frames were joined."""
+        if self.entered is not None:
+            return tuple(self.entered.counts_B.tolist())
+        return (self.num_tokens * self.joined,) * (self.num_images // self.joined)
 
     def counts(self) -> tuple[int, ...]:
-        """Tokens of every image behind the last reduction."""
+        """Tokens behind the last reduction, by image, or by row where frames were joined."""
         if self.reduction is None:
             return (self.num_tokens,) * self.num_images
         if self.reduction.mask_BM is None:
-            return (self.reduction.num_out,) * self.num_images
+            return (self.reduction.num_out,) * self.reduction.batch
         return tuple(self.reduction.counts_B.tolist())
 
     def flops(self, dims: EncoderDims) -> int:

@@ -190,6 +190,8 @@ def bring_back(run: EncoderRun, y_BMC: torch.Tensor) -> torch.Tensor:
     """The sequence of an encoder at full length; what was dropped is zero, or as it left."""
     assert run.reduction is not None
     y_BNC = run.reduction.restore(y_BMC)
+    if run.joined > 1:
+        return y_BNC.reshape(run.num_images, run.num_tokens, -1)
     if run.left_BNC is not None:
         y_BNC = y_BNC.where((run.reduction.groups_BN >= 0)[..., None], run.left_BNC)
     return y_BNC if run.entered is None else fill(y_BNC, latest(run.entered))

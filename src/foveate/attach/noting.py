@@ -30,21 +30,32 @@ def encoder_notebook(
     present: Reduction | None,
     shape: tuple[int, int],
     layer: int,
+    joined: int,
+    num_tokens: int,
     prefix: int,
 ) -> Notebook:
-    """Of a block whose images have `shape` tokens; takes values over all patches, [B, P].
+    """Of a block whose rows have `shape` tokens; takes values over all patches, [B, P].
 
     Args:
         notes: where they go.
         present: from all tokens of an image to the present ones; None: all of them.
-        shape: (B, tokens of an image).
+        shape: (rows, tokens of a row).
         layer: the block.
-        prefix: tokens in front of the patches.
+        joined: images that a row holds.
+        num_tokens: tokens of an image before any reduction.
+        prefix: tokens in front of its patches.
     """
     group_BN = None if present is None else present.groups_BN.cpu()
 
     def take(noted: Evidence) -> None:
         full = noted if group_BN is None else noted.take(group_BN)
+        if joined > 1:
+            value = full.value
+            if noted.kind == "label":  # groups span frames, so rows must not share numbers
+                first_R1 = int(value.max()) + 1
+                first_R1 = first_R1 * torch.arange(len(value))[:, None]
+                value = (value + first_R1).where(value >= 0, -1).to(value.dtype)
+            full = replace(full, value=value.reshape(-1, num_tokens))
         notes.append(replace(full, value=full.value[:, prefix:]))
 
     return Notebook("encoder", shape, take, layer)

@@ -36,6 +36,8 @@ def chunk_recipe(recipe: Recipe | None) -> tuple[Recipe | None, list[str]]:
         name = step.method.name
         if "patches" in acting:
             notes.append(f"{name} started anew with every chunk, whose first frame was whole")
+        if "encoder" in acting and overrides(step.method, "encoder_joins"):
+            notes.append(f"{name} joined the frames of every chunk as a video of its own")
         if "projector" in acting and name not in PER_FRAME:
             notes.append(f"{name} shortened every chunk as a video of its own")
     steps = tuple(step for step in recipe if set(step.stages) - {"frames"})

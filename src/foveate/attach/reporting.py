@@ -37,9 +37,7 @@ def note_encoder(report: Report, recipe: Recipe, runs: Iterable[EncoderRun]) -> 
     """Add the patches and encoder stages: tokens entering the first block, leaving the last."""
     runs = list(runs)
     for run in runs:
-        before, after = (run.num_tokens,) * run.num_images, run.counts()
-        if run.entered is not None:
-            before = tuple(run.entered.counts_B.tolist())
+        before, after = run.counts_before(), run.counts()
         if sum(after) < sum(before):
             report.stages.insert(
                 0, StageReport("encoder", _names(recipe, "encoder"), before, after)

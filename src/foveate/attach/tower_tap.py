@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from foveate.attach.encoder_joining import view_of_images
 from foveate.attach.single import OfOneModel
 from foveate.core import EncoderAttentionView, Method, Reduction
 from foveate.errors import AttachmentError
@@ -34,6 +35,10 @@ class Shortened(Protocol):
 
     def present(self) -> Reduction | None:
         """From all tokens of an image to the present ones; None when all are there."""
+
+    def images_in_a_row(self) -> int:
+        """Frames of a video that were joined into one row."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -154,7 +159,7 @@ def attention_view(
     """
     q_BHND, k_BHND = tower.assemble_qk(block, captured, attention_kwargs)
     segments = tower.segments(block, attention_kwargs)
-    return EncoderAttentionView(
+    view = EncoderAttentionView(
         q_BHND,
         k_BHND,
         tower.assemble_v(block, captured) if values else None,
@@ -164,6 +169,7 @@ def attention_view(
         size_IM=None if stage is None else stage.sizes(),
         reduction=None if stage is None else stage.present(),
     )
+    return view if stage is None else view_of_images(view, stage.images_in_a_row())
 
 
 def signal_map(

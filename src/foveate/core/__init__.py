@@ -19,6 +19,7 @@ from foveate.core.encoder_attention import EncoderAttentionView
 from foveate.core.evidence import Evidence, EvidenceKind, Notebook, merged_groups
 from foveate.core.frames import FramePlan, FramesContext
 from foveate.core.grid import Grid, Modality, Plane, TokenKind
+from foveate.core.joining import join_rows, split_rows
 from foveate.core.method import Count, Method, relative_layer
 from foveate.core.newlines import NewlinePolicy, with_newlines, with_special
 from foveate.core.patches import PatchesContext
@@ -101,12 +102,14 @@ __all__ = [
     "count_by_plane",
     "frames_of",
     "get_method",
+    "join_rows",
     "list_methods",
     "merge_by_anchor",
     "merge_by_plane",
     "merged_groups",
     "register_method",
     "relative_layer",
+    "split_rows",
     "spread",
     "take_planes",
     "with_newlines",

@@ -18,6 +18,7 @@ from foveate.core.dense import DensePrediction
 from foveate.core.encoder_attention import EncoderAttentionView
 from foveate.core.evidence import EvidenceKind, Notebook
 from foveate.core.grid import Grid, Modality
+from foveate.core.joining import clip_lengths
 from foveate.errors import MissingSignalError
 
 if TYPE_CHECKING:
@@ -214,8 +215,12 @@ class EncoderContext(Context):
         layer: index of the block, 0-based.
         num_layers: blocks that run.
         point: where in the block the method is asked, see `Method.encoder_point`.
-        num_prefix: [CLS] and register tokens at the front of the sequence.
+        num_prefix: [CLS] and register tokens at the front of the sequence, those of all joined
+            frames together.
         has_cls: the first of them is a [CLS] token.
+        num_images: images of the call.
+        joined: how many of them a row holds, consecutive frames of one video
+            (`Method.encoder_joins`).
         keys_BHNd: keys of this block's attention.
         queries_BHNd: queries of this block's attention.
         values_BHNd: values of this block's attention, where the method sets `reads_values`.
@@ -235,6 +240,8 @@ class EncoderContext(Context):
     point: EncoderPoint = "after_attention"
     num_prefix: int = 0
     has_cls: bool = False
+    num_images: int = 1
+    joined: int = 1
     keys_BHNd: torch.Tensor | None = None
     queries_BHNd: torch.Tensor | None = None
     values_BHNd: torch.Tensor | None = None
@@ -274,6 +281,40 @@ class EncoderContext(Context):
         `ProjectorContext.carried_from_encoder(name)` has them per token of the language model.
         """
         self.carried[name] = value_BP
+
+    def video_frames(self, frames: int | None = None) -> int:
+        """How many images of the call make up each of its videos; 0: they are no frames.
+
+        Inside a vision-language model the prompt says so.
+
+        Args:
+            frames: of each video, for an encoder alone; None: all images of the call are one video.
+
+        Raises:
+            ValueError: videos of the call differ in length, or `frames` does not divide its images.
+
+        Example:
+            >>> EncoderContext(Budget(0.5), num_images=12).video_frames(4)
+            4
+        """
+        layouts = self.layouts()
+        if not layouts:
+            frames = self.num_images if frames is None else frames
+            if self.num_images % frames:
+                raise ValueError(
+                    f"{self.method}: {self.num_images} images of a call are no videos of "
+                    f"{frames} frames each. Call the encoder with whole videos."
+                )
+            return frames
+        if all(grid.modality != "video" for grid, _ in layouts):
+            return 0
+        lengths = set(clip_lengths(layouts))
+        if len(lengths) > 1:
+            raise ValueError(
+                f"{self.method} joins frames of a video, and the videos of this call have "
+                f"{sorted(lengths)} of them. Give each a call of its own, or as many frames."
+            )
+        return lengths.pop()
 
 
 @dataclass(eq=False)

@@ -237,6 +237,18 @@ def _dropped_patches(one: Step, other: Step) -> str | None:
     return None
 
 
+def _joins_frames(one: Step, other: Step) -> str | None:
+    if "encoder" not in one.stages or not overrides(one.method, "encoder_joins"):
+        return None
+    if "encoder" not in other.stages and "patches" not in other.stages:
+        return None
+    return (
+        f"{one.method.name} joins frames of a clip inside the encoder, and {other.method.name} "
+        "expects every image there in a row of its own. Use one of the two, or "
+        f"{other.method.name} at another stage."
+    )
+
+
 def _names(need: str | tuple[str, ...]) -> tuple[str, ...]:
     return (need,) if isinstance(need, str) else need
 
@@ -256,6 +268,7 @@ _ORDERED: tuple[_Rule, ...] = (
 )
 _SYMMETRIC: tuple[_Rule, ...] = (
     _dropped_patches,
+    _joins_frames,
     _parks_and_renumbers,
     _reads_in_blocks,
     _one_choice,

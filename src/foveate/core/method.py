@@ -225,6 +225,22 @@ class Method:
         """
         return None
 
+    def encoder_joins(self, tokens: Tokens, context: EncoderContext) -> int:
+        """Say how many consecutive rows become one before a vision block: frames of one video.
+
+        Asked at "block_start", where the method must act; `encoder` gets the joined row then. In
+        front are the prefix tokens of its frames, behind them their patches, both in the order of
+        the frames. `EncoderContext.video_frames` says what is a video. 1 joins nothing.
+        """
+        return 1
+
+    def encoder_lora(self, layer: int, num_layers: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Low-rank update of one vision block's queries, keys and values: A [r, D] and B [3 D, r].
+
+        B A x is added to what the projections give, in the order q, k, v. None: there is none.
+        """
+        return None
+
     def projector(self, tokens: Tokens, context: ProjectorContext) -> Reduction | None:
         """Reduce one image or video between encoder and language model; tokens [1, N, D]."""
         raise NotImplementedError

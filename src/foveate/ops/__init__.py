@@ -11,7 +11,7 @@ from foveate.ops.allocate import (
     round_half_even,
     split_evenly,
 )
-from foveate.ops.cluster import dpc_knn, k_centre, k_medoids, kmeans
+from foveate.ops.cluster import dpc_knn, k_centre, k_medoids, kmeans, spectral_medoids
 from foveate.ops.coverage import facility_location
 from foveate.ops.diversity import max_sum_diversity
 from foveate.ops.duplicates import duplicate_links, follow_links
@@ -153,6 +153,7 @@ __all__ = [
     "scene_segments",
     "segment_by_gain",
     "share_schedule",
+    "spectral_medoids",
     "split_evenly",
     "sure_tokens",
     "surroundings",

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from foveate.ops._common import batched, full_precision, require_count, require_shape, widen
-from foveate.ops.diversity import Metric, k_centre
+from foveate.ops.diversity import Metric, farthest_rows, k_centre
 from foveate.ops.group import scatter_mean
 from foveate.ops.similarity import pairwise_distance
 
-__all__ = ["dpc_knn", "k_centre", "k_medoids", "kmeans"]
+__all__ = ["dpc_knn", "k_centre", "k_medoids", "kmeans", "spectral_medoids"]
 
 
 def dpc_knn(
@@ -143,8 +143,9 @@ def k_medoids(
     k: int,
     *,
     init: Tensor | None = None,
+    first: Tensor | None = None,
     iterations: int = 100,
-    metric: Metric = "euclidean",
+    metric: Metric | float = "euclidean",
 ) -> tuple[Tensor, Tensor]:
     """Cluster tokens around `k` of themselves (medoids).
 
@@ -157,8 +158,9 @@ def k_medoids(
         k: clusters, 1 <= k <= N.
         init: rows to start from, [k] or [B, k]; None starts from the row of largest norm and adds
             the farthest one each time (KKZ).
-        iterations: most rounds.
-        metric: "euclidean" or "cosine".
+        first: the row that KKZ starts from instead, [B].
+        iterations: most rounds; 0 only assigns.
+        metric: "euclidean", "cosine", or the p of a Minkowski distance.
 
     Returns:
         Medoids [B, k], ascending positions, and the assignment [B, N], an index into the medoids,
@@ -179,11 +181,15 @@ def k_medoids(
     B, N, _ = x.shape
     require_count(k, 1, N, "k", "tokens")
     with torch.no_grad(), full_precision(x.device):
-        if init is None:
-            medoids_BK = k_centre(x, k, first="norm", metric=metric)
-        else:
-            medoids_BK = _initial_rows(init, B, k, N, x.device)
         distance_BNN = _symmetric_distance(x, metric)
+        if init is not None:
+            medoids_BK = _initial_rows(init, B, k, N, x.device)
+        elif isinstance(metric, str):
+            start = "norm" if first is None else first
+            medoids_BK = k_centre(x, k, first=start, metric=metric)
+        else:
+            longest_B = torch.linalg.vector_norm(widen(x), dim=-1).argmax(-1)
+            medoids_BK = farthest_rows(distance_BNN, k, longest_B if first is None else first)
         cluster_1K1 = torch.arange(k, device=x.device)[None, :, None]
         for _ in range(iterations):
             assignment_BN = _nearest_centre(distance_BNN, medoids_BK)
@@ -195,6 +201,66 @@ def k_medoids(
             medoids_BK = moved_BK
         medoids_BK = medoids_BK.sort(-1).values
         return _unbatch(medoids_BK, _nearest_centre(distance_BNN, medoids_BK), added)
+
+
+def spectral_medoids(
+    x_BND: Tensor,
+    k: int,
+    *,
+    sigma: float = 2.0,
+    neighbours: int | None = None,
+    iterations: int = 100,
+) -> tuple[Tensor, Tensor]:
+    """Cluster tokens by `k_medoids` on the graph of their distances (normalised spectral).
+
+    Weights `exp(-d^2 / 2 sigma^2)`, the `k` eigenvectors of the symmetric normalised Laplacian with
+    the smallest eigenvalues, their rows scaled to length 1. KKZ starts from the row that was
+    longest before. O(N^3); no gradient.
+
+    Args:
+        x_BND: [N, C] or [B, N, C].
+        k: clusters, 1 <= k <= N.
+        sigma: width of the kernel, a Euclidean distance.
+        neighbours: links of every token, the nearest others; a link of either side counts. None:
+            all.
+        iterations: most rounds of k-medoids.
+
+    Returns:
+        As `k_medoids`.
+
+    Raises:
+        ValueError: shapes do not fit, `k` or `neighbours` out of range, or `sigma` is not above 0.
+
+    Example:
+        >>> x = torch.tensor([[0.0], [1.0], [20.0], [21.0]])
+        >>> spectral_medoids(x, 2)[1].tolist()
+        [0, 0, 1, 1]
+
+    Source: Ng, Jordan and Weiss 2001; CenterCLIP's spectral variant (arXiv 2205.00823).
+    """
+    x, added = batched(x_BND, "x")
+    _, N, _ = x.shape
+    require_count(k, 1, N, "k", "tokens")
+    if not sigma > 0:
+        raise ValueError(f"sigma must be above 0, got {sigma}")
+    with torch.no_grad(), full_precision(x.device):
+        distance_BNN = _symmetric_distance(x)
+        weight_BNN = (-(distance_BNN.square()) / (2 * sigma**2)).exp()
+        if neighbours is not None:
+            require_count(neighbours, 1, N - 1, "neighbours", "other tokens")
+            near_BNn = distance_BNN.argsort(dim=-1, stable=True)[..., : neighbours + 1]
+            linked_BNN = torch.zeros_like(weight_BNN, dtype=torch.bool).scatter_(2, near_BNn, True)
+            weight_BNN = weight_BNN * (linked_BNN | linked_BNN.transpose(1, 2))
+        scale_BN = weight_BNN.sum(-1).rsqrt()
+        # Of D^-1/2 W D^-1/2: its largest are the smallest of the Laplacian.
+        _, vector_BNN = torch.linalg.eigh(scale_BN[:, :, None] * weight_BNN * scale_BN[:, None])
+        row_BNk = vector_BNN[..., N - k :]
+        length_BN = torch.linalg.vector_norm(row_BNk, dim=-1)
+        row_BNk = row_BNk / length_BN.clamp_min(1e-12)[..., None]
+        medoids, assignment = k_medoids(
+            row_BNk, k, first=length_BN.argmax(-1), iterations=iterations
+        )
+        return _unbatch(medoids, assignment, added)
 
 
 def _peak_score(
@@ -235,12 +301,15 @@ def _nearest_centre(distance_BNN: Tensor, centres_BK: Tensor) -> Tensor:
     return to_centre_BKN.scatter_(2, centres_BK[..., None], -1.0).argmin(1)
 
 
-def _symmetric_distance(x_BNC: Tensor, metric: Metric = "euclidean") -> Tensor:
+def _symmetric_distance(x_BNC: Tensor, metric: Metric | float = "euclidean") -> Tensor:
     """Distances of all pairs, exactly symmetric and 0 on the diagonal.
 
     A matrix product may round (i, j) and (j, i) differently, which would decide ties at random.
     """
-    distance_BNN = pairwise_distance(x_BNC, x_BNC, metric)
+    if isinstance(metric, str):
+        distance_BNN = pairwise_distance(x_BNC, x_BNC, metric)
+    else:
+        distance_BNN = torch.cdist(widen(x_BNC), widen(x_BNC), p=metric)
     distance_BNN = torch.maximum(distance_BNN, distance_BNN.transpose(-1, -2)).clamp_min_(0)
     distance_BNN.diagonal(dim1=-2, dim2=-1).zero_()
     return distance_BNN

@@ -193,6 +193,12 @@ def _farthest(
     return order_BK
 
 
+def farthest_rows(distance_BNN: Tensor, k: int, first_B: Tensor) -> Tensor:
+    """`k_centre` with distances at hand, [B, k] in the order of selection."""
+    batch = torch.arange(distance_BNN.shape[0], device=distance_BNN.device)
+    return _farthest(lambda index_B: distance_BNN[batch, index_B], first_B, k, None)
+
+
 def _gram(unit_BNC: Tensor) -> Tensor:
     """Cosines of all pairs: upper triangle of tiles, mirrored, which halves the arithmetic."""
     B, N, _ = unit_BNC.shape

@@ -302,17 +302,15 @@ def _encoder_evidence(encoded: Encoded, to_tokens: Callable[[Tensor], Tensor]) -
 
 
 def _encoder_item(encoded: Encoded, modality: Modality, num_prefix: int) -> ItemReport:
-    """The frames' own reductions as one of the whole video: each frame merges within itself."""
+    """The reductions of frames, or of joined frames, as one of the whole video."""
     plane = Plane(*encoded.shape, prefix=num_prefix)
     grid = Grid((plane,) * len(encoded.x_TPC), modality)
     groups, anchors, sources, targets = [], [], 0, 0
     for run in encoded.runs:
-        for image in range(run.num_images):
-            one = (
-                Reduction.identity(run.num_tokens)
-                if run.reduction is None
-                else run.reduction.sample(image).to("cpu")
-            )
+        rows = Reduction.identity(run.num_tokens, run.num_images)
+        rows = rows if run.reduction is None else run.reduction.to("cpu")
+        for row in range(rows.batch):  # of one frame, or of several that were joined
+            one = rows.sample(row)
             group_N, anchor_M = one.groups_BN[0], one.anchor_BM[0]
             groups.append((group_N + targets).where(group_N >= 0, -1))
             anchors.append((anchor_M + sources).where(anchor_M >= 0, -1))
