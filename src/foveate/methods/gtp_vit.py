@@ -248,27 +248,39 @@ class GTPViT(Method):
     # -- in a block -----------------------------------------------------------------------------
 
     def encoder_attention(self, context: EncoderContext) -> torch.Tensor | None:
-        """Sparse attention of one block, and the importance of its patches. O(H N^2 (d + 1))."""
-        leaving = self._leaving(context)
-        share, _ = self.settings(*leaving)
-        q, k, v = context.queries_BHNd, context.keys_BHNd, context.values_BHNd
-        assert q is not None and k is not None and v is not None
-        if leaving[1] == 0 and share == 1:
+        """Sparse attention of one block, where some is left out. O(H N^2 (d + 1))."""
+        share, _ = self.settings(*self._leaving(context))
+        if share == 1:
             return None
+        score_BP, out_BHNd = self._attend(context, share)
+        context.state["score"] = score_BP
+        return out_BHNd
+
+    def _attend(
+        self, context: EncoderContext, share: float
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Importance of the patches, and what the attention gives where it is sparse."""
+        q, k, v = context.queries_BHNd, context.keys_BHNd, context.values_BHNd
+        if q is None or k is None or v is None:
+            raise ValueError(
+                "gtp_vit reads queries, keys and values of the block; no other method can shorten "
+                "the encoder beside it."
+            )
+        if share == 1 and self.score == "random":
+            return None, None
         B, H, N, _ = q.shape
-        bias_BN = None if context.size_BN is None else context.size_BN.log()
         outs, scores, step = [], [], max(1, _BYTES // max(H * N * N * 4, 1))
         for first in range(0, B, step):
             part = slice(first, first + step)
-            bias = None if bias_BN is None else bias_BN[part, None, None]
+            size_BN = None if context.size_BN is None else context.size_BN[part]
+            bias = None if size_BN is None else size_BN[:, None, None].log()
             attention = ops.attention_matrix(q[part], k[part], bias)
-            attention = sparsified(attention, share)
             if share < 1:
+                attention = sparsified(attention, share)
                 outs.append(attention.to(v.dtype) @ v[part])
             if self.score != "random":
                 scores.append(importance(attention, self.score, context.num_prefix))
-        context.state["score"] = torch.cat(scores) if scores else None
-        return torch.cat(outs) if outs else None
+        return torch.cat(scores) if scores else None, torch.cat(outs) if outs else None
 
     def encoder(self, tokens: Tokens, context: EncoderContext) -> Reduction | None:
         """Make the graph before the first block; hand on and drop between attention and MLP."""
@@ -286,20 +298,20 @@ class GTPViT(Method):
         if "graph" not in state:
             raise ValueError("gtp_vit makes its graph before the first block, and was not asked.")
         num_patches, leaving = self._leaving(context)
+        share, alpha = self.settings(num_patches, leaving)
         leaving = min(leaving, N - prefix - 1)
         if leaving <= 0:
             return None
-        score_BP = state["score"]
         if state["graph"].shape[1] != N - prefix:
             raise ValueError(
                 f"gtp_vit has a graph of {state['graph'].shape[1]} patches and {N - prefix} are "
                 "here: no other method can shorten the encoder beside it."
             )
+        score_BP = state["score"] if share < 1 else self._attend(context, share)[0]
         if score_BP is None:
             score_BP = torch.rand(
                 B, N - prefix, generator=torch.Generator().manual_seed(context.seed + context.layer)
             ).to(x_BNC.device)
-        _, alpha = self.settings(num_patches, leaving)
         kept_BK = ops.top_k(score_BP, N - prefix - leaving)
         context.note("importance", lambda: pad(score_BP, (prefix, 0), value=torch.nan))
         goes_Bn = torch.ones(B, N - prefix, dtype=torch.bool, device=x_BNC.device)
