@@ -371,7 +371,8 @@ def _hollow(
         for projection in attention.children():
             if isinstance(projection, nn.Linear):
                 projection.forward = buffer(projection.out_features)
-        block.get_submodule("layer_norm2").forward = lambda x: x
+        for norm in ("layer_norm1", "layer_norm2"):
+            block.get_submodule(norm).forward = lambda x: x
         block.forward = _hollow_block(block)
         block.get_submodule("mlp").forward = buffer()
         attention.forward = _hollow_attention(attention, clock, buffer())
@@ -439,6 +440,8 @@ def _hollow_attention(
             if cache is not None:
                 heads = [x.unflatten(-1, (-1, module.head_dim)).transpose(1, 2) for x in (k, v)]
                 cache.update(*heads, module.layer_idx)
+            if hasattr(module, "out_proj"):  # of a vision tower; methods may ask its input
+                module.out_proj(q)
         return output(q if q.shape == hidden_states.shape else hidden_states), None
 
     return forward

@@ -116,6 +116,7 @@ def _absent(result: BenchResult) -> str:
     parts = {
         "remove nothing": idle,
         "needs policies in its prompt": [name for name in names if name == "safewatch"],
+        "needs trained heads": [name for name in names if name == "dtop"],
     }
     told = [
         f"{', '.join(f'`{n}`' for n in found)} ({why})" for why, found in parts.items() if found
