@@ -27,7 +27,7 @@ from foveate.bench.report_plots import picture
 from foveate.bench.report_tables import nearest, ratio
 from foveate.bench.results import Standing
 from foveate.bench.store import UNTOUCHED
-from foveate.core import get_method, list_methods
+from foveate.core import BackboneMethod, get_method, list_methods
 from foveate.core._files import write_text
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -115,6 +115,9 @@ def _absent(result: BenchResult) -> str:
     idle = [name for name in names if not get_method(name).reducing_stages()]
     parts = {
         "remove nothing": idle,
+        "have backbones of their own": [
+            name for name in names if issubclass(get_method(name), BackboneMethod)
+        ],
         "needs policies in its prompt": [name for name in names if name == "safewatch"],
         "needs trained heads": [name for name in names if name == "dtop"],
     }

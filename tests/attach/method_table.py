@@ -43,7 +43,8 @@ class Row:
         retain: the budget of the suite.
         exact: `count` is exact on every layout of the tiny models.
         merges: tokens are averaged, so they are no longer equal to any source.
-        families: families it runs on; elsewhere attaching is refused or nothing happens.
+        families: families it runs on; elsewhere attaching is refused or nothing happens. None: it
+            has backbones of its own, and test_backbone_methods.py has the same properties there.
         on_images: it acts on images; if not, only on videos.
         reads_text: the prompt's text takes part in the choice.
         reduces: it takes tokens away; if not, it only changes attention and has no budget.
@@ -222,6 +223,9 @@ METHOD_TABLE: dict[str, Row] = {
         merges=True,
         families=tuple(f for f in TINY_FAMILIES if f not in PACKED),
     ),
+    "hot": Row("hot", ("encoder",), families=()),
+    "tovim": Row("tovim", ("encoder",), families=()),
+    "s5": Row("s5", ("encoder",), families=()),
     "tome": Row(
         "tome",
         ("encoder",),

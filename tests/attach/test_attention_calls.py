@@ -144,7 +144,7 @@ def test_attention_is_computed_once(name, family, monkeypatch):
     assert (mine.walks > 0) == (name in WALKS)
 
 
-@pytest.mark.parametrize("name", METHOD_TABLE)
+@pytest.mark.parametrize("name", [name for name, row in METHOD_TABLE.items() if row.families])
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_the_implementation_stays(name, implementation, monkeypatch):
     family = next(f for f in ("llava_onevision", "llava") if f in METHOD_TABLE[name].families)

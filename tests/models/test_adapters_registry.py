@@ -57,9 +57,13 @@ def vip_llava() -> nn.Module:
     return VipLlavaForConditionalGeneration(config).eval()
 
 
+#: They have tests of their own: test_backbones.py here and test_backbone_methods.py.
+BACKBONES = ("mixste", "vision_mamba", "vis4mer")
+
+
 def test_all_families_are_listed_and_tested() -> None:
     assert list_families() == tuple(
-        sorted({*TINY_FAMILIES, *TINY_ENCODERS} - {"dinov2_with_registers"})
+        sorted({*TINY_FAMILIES, *TINY_ENCODERS, *BACKBONES} - {"dinov2_with_registers"})
     )
     for family, entry in ADAPTERS.items():
         adapter = registry._resolve(entry.target)

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from foveate.attach.backbone import BackboneRun, BackboneStage, check_kinds
 from foveate.attach.encoder import EncoderRun, EncoderStage
 from foveate.attach.features import FeatureRecord, FeatureWatch
 from foveate.attach.frame_plans import Plans
@@ -22,6 +23,7 @@ from foveate.attach.tower_tap import BlockReads, block_reads
 from foveate.core import SIGNALS, Budget, DensePrediction, Method, Recipe, Reduction, Report
 from foveate.errors import AttachmentError, MissingSignalError
 from foveate.models.adapter import Adapter
+from foveate.models.backbone_adapters import BackboneAdapter
 from foveate.models.companion import Companion
 from foveate.models.encoders import EncoderAdapter
 from foveate.models.registry import adapter_for
@@ -49,7 +51,8 @@ def reduce(
     """Attach a recipe to a model: a context manager, or a handle with `remove()`.
 
     Args:
-        model: a transformers vision-language model of a known family, or a vision encoder alone.
+        model: a transformers vision-language model of a known family, a vision encoder alone, or a
+            backbone of `foveate.models.backbones`.
         recipe: a recipe, a method, a list of methods, a text such as "holitom" or
             "tome(retain=0.6)@encoder + holitom", or the path of a recipe's JSON file.
         retain: fraction of visual tokens kept, in (0, 1]; one value, or one per sample.
@@ -221,7 +224,10 @@ class Attachment(OfOneModel):
         refuse_hooked(self.model)
 
     def _attach(self, restore: bool | None) -> None:
-        if isinstance(self._adapter, EncoderAdapter):
+        check_kinds(self.recipe, self._adapter)
+        if isinstance(self._adapter, BackboneAdapter):
+            self._attach_backbone(self._adapter, bool(restore))
+        elif isinstance(self._adapter, EncoderAdapter):
             self._attach_encoder_alone(self._adapter, bool(restore))
         else:
             self._attach_language_model(self._adapter)
@@ -232,6 +238,27 @@ class Attachment(OfOneModel):
     def _new_report(self) -> Report:
         name = type(self.model).__name__
         return Report(name, str(self.recipe), describe_budget(self.budget))
+
+    # -- backbone -------------------------------------------------------------------------------
+
+    def _attach_backbone(self, adapter: BackboneAdapter, restore: bool) -> None:
+        stage = BackboneStage(
+            self.model,
+            adapter,
+            self.recipe,
+            lambda i: self._budgets[i],
+            restore=restore,
+            evidence=self.evidence,
+            seed=self.seed,
+        )
+
+        @stage.when_over
+        def finished(run: BackboneRun) -> None:
+            self.report = self._new_report()
+            stage.describe(self.report, run)
+            self._encoder_reduction = run.reduction
+
+        stage.install(self._handles)
 
     # -- encoder alone --------------------------------------------------------------------------
 

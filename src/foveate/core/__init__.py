@@ -1,5 +1,11 @@
 """The algebra: tokens, reductions, budgets, methods, recipes and reports."""
 
+from foveate.core.backbone import (
+    BackboneContext,
+    BackboneKind,
+    BackboneMethod,
+    backbone_context,
+)
 from foveate.core.budget import Budget
 from foveate.core.card import STAGES, Card, Kind, Stage
 from foveate.core.context import (
@@ -54,6 +60,9 @@ __all__ = [
     "TIMED_STAGES",
     "AttentionRule",
     "AttentionView",
+    "BackboneContext",
+    "BackboneKind",
+    "BackboneMethod",
     "Budget",
     "CacheContext",
     "CacheStorage",
@@ -98,6 +107,7 @@ __all__ = [
     "TokenKind",
     "Tokens",
     "average_cells",
+    "backbone_context",
     "by_rank_in_planes",
     "count_by_plane",
     "frames_of",

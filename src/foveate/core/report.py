@@ -105,6 +105,8 @@ class Report:
         attention_pairs: products of a query and a key per decoder layer, per sample, where a
             prompt was read in blocks; empty: the squares of `layer_lengths`.
         flops: {"untouched": {...}, "reduced": {...}} by part; see docs/flops.md for the rule.
+        block_lengths: tokens per sample in front of every block, for backbones without attention
+            over patches (MixSTE, Vision Mamba, ViS4mer).
         seconds: wall time spent in methods by stage (host time; on CUDA without synchronisation).
         notes: remarks for people.
         timeline: when each stage was at work, from the file to the answer, where it was noted.
@@ -120,6 +122,7 @@ class Report:
     cache_lengths: list[list[int]] = field(default_factory=list)
     attention_pairs: list[list[int]] = field(default_factory=list)
     flops: dict[str, Mapping[str, float]] = field(default_factory=dict)
+    block_lengths: list[int] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     timeline: Timeline | None = None
@@ -176,6 +179,7 @@ class Report:
             "prompt_lengths": list(self.prompt_lengths),
             "layer_lengths": [list(lengths) for lengths in self.layer_lengths],
             "cache_lengths": [list(lengths) for lengths in self.cache_lengths],
+            "block_lengths": list(self.block_lengths),
             "flops": {name: dict(parts) for name, parts in self.flops.items()},
             "seconds": dict(self.seconds),
             "notes": list(self.notes),

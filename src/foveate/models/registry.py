@@ -46,6 +46,9 @@ _ADAPTERS: dict[str, AdapterEntry] = {
     "deit": _entry("encoders:DeiTAdapter", "deit"),
     "dinov2": _entry("encoders:Dinov2Adapter", "dinov2", "dinov2_with_registers"),
     "clip": _entry("encoders:CLIPAdapter", "clip", "clip_vision_model"),
+    "mixste": _entry("backbone_adapters:MixSTEAdapter", "mixste"),
+    "vision_mamba": _entry("backbone_adapters:VisionMambaAdapter", "vision_mamba"),
+    "vis4mer": _entry("backbone_adapters:ViS4merAdapter", "vis4mer"),
     "siglip": _entry("encoders:SiglipAdapter", "siglip", "siglip_vision_model"),
 }
 

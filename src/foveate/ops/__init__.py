@@ -11,7 +11,15 @@ from foveate.ops.allocate import (
     round_half_even,
     split_evenly,
 )
-from foveate.ops.cluster import dpc_knn, k_centre, k_medoids, kmeans, spectral_medoids
+from foveate.ops.cluster import (
+    density_peak_scores,
+    dpc_knn,
+    k_centre,
+    k_medoids,
+    kmeans,
+    nearest_centre,
+    spectral_medoids,
+)
 from foveate.ops.coverage import facility_location
 from foveate.ops.diversity import max_sum_diversity
 from foveate.ops.duplicates import duplicate_links, follow_links
@@ -23,7 +31,7 @@ from foveate.ops.early_exit import (
 )
 from foveate.ops.equal_distance import equal_distance_attention
 from foveate.ops.flow import concentration, cut_towards, flow_score
-from foveate.ops.gumbel import gumbel_noise, gumbel_top_k
+from foveate.ops.gumbel import gumbel_keep, gumbel_noise, gumbel_top_k
 from foveate.ops.interleave import interleave
 from foveate.ops.merge import (
     Matching,
@@ -44,7 +52,14 @@ from foveate.ops.motion import (
 from foveate.ops.outliers import local_outlier_factor
 from foveate.ops.peak import peak_attention
 from foveate.ops.quantise import Quantised, quantise
+from foveate.ops.recovery import cross_attention, interpolate_places
 from foveate.ops.resample import average_matrix, bilinear_matrix
+from foveate.ops.scan import (
+    linear_recurrence,
+    path_gaps,
+    selective_scan,
+    serpentine_ranks,
+)
 from foveate.ops.schedule import earlier_layers, mean_share, share_schedule
 from foveate.ops.score import (
     adjacent_similarity,
@@ -75,6 +90,7 @@ from foveate.ops.select import (
     top_k_ranked,
     uniform_indices,
 )
+from foveate.ops.state_space import diagonal_kernel, diagonal_recurrence, fft_convolve
 from foveate.ops.stretch import ntk_base, ntk_frequencies
 from foveate.ops.windows import (
     cell_shares,
@@ -100,21 +116,28 @@ __all__ = [
     "change_points",
     "concentration",
     "cosine_similarity_matrix",
+    "cross_attention",
     "cut_towards",
     "cut_windows",
+    "density_peak_scores",
+    "diagonal_kernel",
+    "diagonal_recurrence",
     "dpc_knn",
     "duplicate_links",
     "earlier_layers",
     "equal_distance_attention",
     "facility_location",
+    "fft_convolve",
     "flow_score",
     "follow_links",
     "gather_tokens",
+    "gumbel_keep",
     "gumbel_noise",
     "gumbel_top_k",
     "halving_weights",
     "image_patches",
     "interleave",
+    "interpolate_places",
     "jensen_shannon",
     "join_windows",
     "k_centre",
@@ -123,6 +146,7 @@ __all__ = [
     "last_true",
     "least_sure_tokens",
     "linear_decay_schedule",
+    "linear_recurrence",
     "local_outlier_factor",
     "masked_softmax",
     "max_min_diversity",
@@ -130,6 +154,7 @@ __all__ = [
     "mean_share",
     "merge_matched",
     "most_similar",
+    "nearest_centre",
     "ntk_base",
     "ntk_frequencies",
     "optimal_partition",
@@ -138,6 +163,7 @@ __all__ = [
     "pairwise_distance",
     "parse_r",
     "patch_change",
+    "path_gaps",
     "peak_attention",
     "pool_windows",
     "presence_scores",
@@ -152,6 +178,8 @@ __all__ = [
     "scatter_sum",
     "scene_segments",
     "segment_by_gain",
+    "selective_scan",
+    "serpentine_ranks",
     "share_schedule",
     "spectral_medoids",
     "split_evenly",

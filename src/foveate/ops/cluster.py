@@ -10,12 +10,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from foveate.ops._common import batched, full_precision, require_count, require_shape, widen
+from foveate.ops._common import (
+    batched,
+    full_precision,
+    require_count,
+    require_dims,
+    require_shape,
+    widen,
+)
 from foveate.ops.diversity import Metric, farthest_rows, k_centre
 from foveate.ops.group import scatter_mean
 from foveate.ops.similarity import pairwise_distance
 
-__all__ = ["dpc_knn", "k_centre", "k_medoids", "kmeans", "spectral_medoids"]
+__all__ = [
+    "density_peak_scores",
+    "dpc_knn",
+    "k_centre",
+    "k_medoids",
+    "kmeans",
+    "nearest_centre",
+    "spectral_medoids",
+]
 
 
 def dpc_knn(
@@ -74,6 +89,60 @@ def dpc_knn(
         if mask_BN is not None:
             assignment_BN = assignment_BN.masked_fill(~mask_BN, -1)
         return _unbatch(centres_Bm, assignment_BN, added)
+
+
+def density_peak_scores(
+    x_BND: Tensor,
+    k: int,
+    *,
+    generator: torch.Generator | None = None,
+    noise_BN: Tensor | None = None,
+) -> Tensor:
+    """How much every token is a density peak, `rho * delta` of `dpc_knn`, [B, N]. O(N^2 C).
+
+    For methods that choose by the score with conditions of their own; no gradient.
+
+    Args:
+        x_BND: [B, N, C].
+        k: neighbours of the density, itself included; clamped to N.
+        generator: adds uniform noise in [0, 1e-6) to the densities.
+        noise_BN: uniform numbers in [0, 1) to take for it instead.
+
+    Raises:
+        ValueError: shapes do not fit, or both kinds of noise are given.
+
+    Example:
+        >>> x = torch.tensor([[[0.0], [0.1], [0.2], [5.0], [5.1]]])
+        >>> density_peak_scores(x, 2).topk(2).indices.sort().values.tolist()
+        [[0, 3]]
+    """
+    require_dims(x_BND, 3, "x", "[B, N, C]")
+    if k < 1:
+        raise ValueError(f"k must be at least 1 neighbour, got {k}")
+    if generator is not None and noise_BN is not None:
+        raise ValueError("give either noise or generator, not both")
+    if noise_BN is not None:
+        require_shape(noise_BN, tuple(x_BND.shape[:2]), "noise")
+    with torch.no_grad(), full_precision(x_BND.device):
+        distance_BNN = _symmetric_distance(x_BND) / x_BND.shape[-1] ** 0.5
+        return _peak_score(distance_BNN, min(k, x_BND.shape[1]), None, generator, noise_BN)
+
+
+def nearest_centre(x_BND: Tensor, centres_BK: Tensor) -> Tensor:
+    """Which of the tokens `centres_BK` is nearest to every token, int64 [B, N]. O(N K C).
+
+    A centre is its own, even among exact duplicates; other ties go to the earlier entry.
+
+    Example:
+        >>> nearest_centre(torch.tensor([[[0.0], [0.4], [1.0]]]), torch.tensor([[2, 0]])).tolist()
+        [[1, 1, 0]]
+    """
+    require_dims(x_BND, 3, "x", "[B, N, C]")
+    with torch.no_grad(), full_precision(x_BND.device):
+        B, _, C = x_BND.shape
+        centre_BKC = x_BND.gather(1, centres_BK[..., None].expand(B, centres_BK.shape[1], C))
+        distance_BKN = pairwise_distance(centre_BKC, x_BND)
+        return distance_BKN.scatter_(2, centres_BK[..., None], -1.0).argmin(1)
 
 
 def kmeans(
@@ -264,7 +333,11 @@ def spectral_medoids(
 
 
 def _peak_score(
-    distance_BNN: Tensor, k: int, mask_BN: Tensor | None, generator: torch.Generator | None
+    distance_BNN: Tensor,
+    k: int,
+    mask_BN: Tensor | None,
+    generator: torch.Generator | None,
+    noise_BN: Tensor | None = None,
 ) -> Tensor:
     """rho * delta of every token; -inf where masked."""
     square_BNN = distance_BNN.square()
@@ -272,8 +345,9 @@ def _peak_score(
         square_BNN = square_BNN.masked_fill(~mask_BN[:, None], torch.inf)
     density_BN = (-square_BNN.topk(k, dim=-1, largest=False).values.mean(-1)).exp()
     if generator is not None:
-        noise = torch.rand(density_BN.shape, generator=generator, device=generator.device)
-        density_BN = density_BN + noise.to(density_BN) * 1e-6
+        noise_BN = torch.rand(density_BN.shape, generator=generator, device=generator.device)
+    if noise_BN is not None:
+        density_BN = density_BN + noise_BN.to(density_BN) * 1e-6
     spread_BNN = distance_BNN
     if mask_BN is not None:
         density_BN = density_BN.masked_fill(~mask_BN, -torch.inf)

@@ -87,3 +87,46 @@ def gumbel_top_k(
         soft = (noisy / temperature).softmax(-1)
         # The difference is exactly 0, so that the forward value stays exactly 0 or 1.
         return (hard + (soft - soft.detach())).to(scores.dtype)
+
+
+def gumbel_keep(
+    logits_NC: Tensor,
+    *,
+    temperature: float = 1.0,
+    generator: torch.Generator | None = None,
+    noise: Tensor | None = None,
+) -> Tensor:
+    """Draw keep or drop for every token by itself; exactly 0 or 1 forward, soft backward.
+
+    Forward: 1 where keeping wins after Gumbel noise. Backward: the gradient of the softmax over
+    both, divided by the temperature (straight-through Gumbel-softmax).
+
+    Args:
+        logits_NC: [..., 2], of keeping and of dropping.
+        temperature: above 0.
+        generator: source of randomness; None: torch's own.
+        noise: Gumbel noise [..., 2] to take instead; zeros give the more probable choice.
+
+    Returns:
+        [...] in the dtype of the logits.
+
+    Raises:
+        ValueError: the last axis is not 2, the temperature is not above 0, or both kinds of noise
+            are given.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, 0.0], [0.0, 1.0]], requires_grad=True)
+        >>> kept = gumbel_keep(logits, noise=torch.zeros(2, 2))
+        >>> kept.tolist()
+        [1.0, 0.0]
+        >>> kept.sum().backward()
+        >>> bool(logits.grad.ne(0).all())
+        True
+
+    Source: Jang et al. 2017 (arXiv 1611.01144); as the mask of S5 (arXiv 2303.14526).
+    """
+    if logits_NC.shape[-1:] != (2,):
+        raise ValueError(f"logits must be [..., 2] (keep, drop), got {tuple(logits_NC.shape)}")
+    return gumbel_top_k(logits_NC, 1, temperature=temperature, generator=generator, noise=noise)[
+        ..., 0
+    ]
