@@ -234,8 +234,8 @@ def stvit(dims: EncoderDims, patches: int = 196, cells: int = 16, **arguments: o
     blocks = get_method("stvit")(**arguments).blocks(dims.num_blocks)
     few, first = cells + 1, blocks[0]
     lengths = [patches + 1] * first + [few] * (dims.num_blocks - first)
-    # Keys and values of the image, and what every query reads of it.
-    image = patches * (dims.attention_linear // 2 + dims.attention_pair * few)
+    # Keys and values of the image, and what every query reads of it and, once more, of the others.
+    image = patches * dims.attention_linear // 2 + dims.attention_pair * few * (few + patches)
     return encoder_flops(dims, lengths, num_patches=patches + 1) + len(blocks) * image
 
 

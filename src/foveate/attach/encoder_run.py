@@ -110,8 +110,9 @@ class EncoderRun:
         patches = self.num_tokens * self.num_images // images
         flops = encoder_flops(dims, attention, images, mlp_lengths=mlp, num_patches=patches)
         for number, queries, keys in self.outside:
-            key = dims.attention_linear // 2 + dims.attention_pair * queries
-            flops += number * keys * key
+            # Queries meet these and, once more, those of the sequence.
+            pairs = queries * (keys + queries)
+            flops += number * (keys * dims.attention_linear // 2 + pairs * dims.attention_pair)
         return flops
 
 
