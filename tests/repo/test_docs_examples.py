@@ -49,6 +49,15 @@ def test_asking_about_a_long_video_runs(monkeypatch: pytest.MonkeyPatch) -> None
     assert module.answer.timeline.seconds()["choose"] > 0
 
 
+def test_backbones_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    module = run("docs/backbones.md", monkeypatch)
+    printed = capsys.readouterr().out.splitlines()
+    page = (ROOT / "docs/backbones.md").read_text(encoding="utf-8")
+    said = re.findall(r"print\(.*\)  # ([\[(][\d, ]+[\])])", page)
+    assert len(said) == 5 and all(line in printed for line in said)
+    assert module.logits.shape == (1, 10)
+
+
 def test_training_a_size_of_your_own_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     module = run("docs/training.md", monkeypatch)

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from foveate.attach.noting import encoder_notebook
 from foveate.attach.single import OfOneModel
 from foveate.core import (
     BackboneContext,
@@ -305,7 +304,12 @@ class BackboneStage(OfOneModel):
         if not self.evidence or index == self.num_blocks:
             return None
         shape = (run.num_samples, stream.num_tokens)
-        return encoder_notebook(run.notes, run.reduction, shape, index, 0)
+        group_BN = None if run.reduction is None else run.reduction.groups_BN.cpu()
+
+        def take(noted: Evidence) -> None:
+            run.notes.append(noted if group_BN is None else noted.take(group_BN))
+
+        return Notebook("encoder", shape, take, index)
 
     # -- report ---------------------------------------------------------------------------------
 

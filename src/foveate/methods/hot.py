@@ -53,7 +53,7 @@ def choose_frames(
         ValueError: `keep` is out of range.
 
     Example:
-        >>> pose = torch.tensor([0.0, 0.0, 0.0, 3.0, 4.0, 9.0])[None, :, None]
+        >>> pose = torch.tensor([0.0, 0.0, 0.0, 0.3, 0.4, 0.9])[None, :, None]
         >>> choose_frames(pose, 3).tolist()
         [[0, 3, 5]]
 
