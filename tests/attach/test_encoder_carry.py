@@ -218,14 +218,6 @@ def test_padding_needs_a_mask_that_flash_attention_does_not_take():
         model(pixels)
 
 
-STAGE = "EncoderStage"
-
-
-def _hooks(model: torch.nn.Module):
-    for module in model.modules():
-        yield from module._forward_pre_hooks.values()
-
-
 # -- FlowCut in models ------------------------------------------------------------------------
 
 

@@ -104,6 +104,8 @@ class CenterCLIP(Method):
             "neighbourhood mask of the spectral variant, temporal shift and token shift.",
             "Directions alone (normalise=True) have no longest one to start from: ours starts from "
             "the longest token before they are normalised; likewise the spectral variant.",
+            "A segment attends as one sequence, so a large share of its patches (above 0.85 of three "
+            "frames of 256) costs more than the untouched encoder.",
             "Inside a vision-language model it acts on videos, whose clips must be equally long in "
             "one call, and saves encoder time, not prompt length.",
         ),
@@ -217,7 +219,7 @@ class CenterCLIP(Method):
         return 1 if step is None else context.state["frames"] // step[0] // context.joined
 
     def encoder(self, tokens: Tokens, context: EncoderContext) -> Reduction | None:
-        """Cluster the patches of every segment. O(R n^2 (C + K)) time, O(R n^2) memory."""
+        """Cluster the patches of every segment. O(R n^2 (C + rounds)) time, O(R n^2) memory."""
         step = self._step(context)
         if step is None:
             return None

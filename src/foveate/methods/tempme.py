@@ -133,8 +133,9 @@ class TempMe(Method):
         intra: fraction merged after attention there and behind, "R_i".
         layers: blocks before which clips are joined, 0-based: numbers, or fractions of the depth
             (rounded down). Several of them may be one block.
-        factors: how many clips become one at each; their product divides the frames. None: all
-            frames become one clip, by factors as even as can be (12: 2, 2, 3).
+        factors: how many clips become one at each; their product divides the frames, and where it
+            is smaller, more than one clip is left. None: all frames become one clip, by factors as
+            even as can be (12: 2, 2, 3).
         prop_attn: add log(size) of the keys to the attention logits.
         clip_frames: of every video, for an encoder alone; None: the images of a call are one.
         weights: a safetensors file with the trained low-rank updates and clip embeddings, named as
@@ -195,7 +196,9 @@ class TempMe(Method):
             "fails; embeddings are left out where nothing is merged, as there.",
             "Alternate tokens pair, so a patch can pair with itself in the next frame only where "
             "clips have an odd number of patches, as ViT-B/32 has when clips are first joined.",
-            "Other frame numbers than 12, and budgets, are ours.",
+            "Other frame numbers than 12, and budgets, are ours. Attention over all frames grows "
+            "with the square of their number: of many or large frames a large budget costs more "
+            "than the untouched encoder, and factors with a smaller product keep clips apart.",
             "Inside a vision-language model it acts on videos, whose clips must be equally long in "
             "one call, and saves encoder time, not prompt length.",
         ),

@@ -220,7 +220,7 @@ def k_medoids(
 
     Alternates nearest medoid and, per cluster, the member with the smallest summed distance to the
     members, until nothing moves. A medoid always belongs to its own cluster, so none is empty.
-    O(N^2 C + iterations N^2 K); one value is read back per iteration; no gradient.
+    O(N^2 C + iterations N^2); one value is read back per iteration; no gradient.
 
     Args:
         x_BND: [N, C] or [B, N, C].
@@ -259,12 +259,9 @@ def k_medoids(
         else:
             longest_B = torch.linalg.vector_norm(widen(x), dim=-1).argmax(-1)
             medoids_BK = farthest_rows(distance_BNN, k, longest_B if first is None else first)
-        cluster_1K1 = torch.arange(k, device=x.device)[None, :, None]
         for _ in range(iterations):
             assignment_BN = _nearest_centre(distance_BNN, medoids_BK)
-            member_BKN = assignment_BN[:, None] == cluster_1K1
-            cost_BKN = member_BKN.to(distance_BNN.dtype) @ distance_BNN
-            moved_BK = cost_BKN.masked_fill_(~member_BKN, torch.inf).argmin(-1)
+            moved_BK = _cheapest_members(distance_BNN, assignment_BN, k)
             if torch.equal(moved_BK, medoids_BK):
                 break
             medoids_BK = moved_BK
@@ -373,6 +370,20 @@ def _nearest_centre(distance_BNN: Tensor, centres_BK: Tensor) -> Tensor:
     to_centre_BKN = distance_BNN.gather(1, centres_BK[..., None].expand(B, K, N))
     # A distance is never negative, so -1 settles every tie with another centre.
     return to_centre_BKN.scatter_(2, centres_BK[..., None], -1.0).argmin(1)
+
+
+def _cheapest_members(distance_BNN: Tensor, assignment_BN: Tensor, k: int) -> Tensor:
+    """The member of every cluster whose distances to the others add up to least, [B, K]."""
+    B, N, _ = distance_BNN.shape
+    apart_BNN = assignment_BN[:, :, None] != assignment_BN[:, None]
+    cost_BN = distance_BNN.masked_fill(apart_BNN, 0.0).sum(-1)
+    least_BK = cost_BN.new_full((B, k), torch.inf)
+    least_BK = least_BK.scatter_reduce(1, assignment_BN, cost_BN, "amin")
+    index_N = torch.arange(N, device=cost_BN.device)
+    first_BN = index_N.where(cost_BN == least_BK.gather(1, assignment_BN), N)
+    # Features that are no numbers have no cheapest member.
+    first_BK = first_BN.new_full((B, k), N).scatter_reduce(1, assignment_BN, first_BN, "amin")
+    return first_BK.clamp_max(N - 1)
 
 
 def _symmetric_distance(x_BNC: Tensor, metric: Metric | float = "euclidean") -> Tensor:
