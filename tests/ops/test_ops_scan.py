@@ -180,6 +180,14 @@ def test_convolution_equals_the_recurrence():
     )
 
 
+@pytest.mark.parametrize("length", [1, 2, 3, 16, 23, 257])
+def test_kernel_is_the_sum_of_powers(length):
+    rate, weight = state_space(dtype=torch.float64)
+    step = torch.arange(length)
+    expected = 2 * (weight[..., None] * (rate[..., None] * step).exp()).sum(1).real
+    torch.testing.assert_close(ops.diagonal_kernel(rate, weight, length), expected)
+
+
 def test_kernel_is_evaluated_at_the_true_distances():
     rate, weight = state_space(dtype=torch.float64)
     x = torch.randn(2, 5, 9, dtype=torch.float64)

@@ -86,6 +86,9 @@ class S5(BackboneMethod):
             "No code was published: depth of the generator, form of the losses and all numbers "
             "named above are ours.",
             "Without a mask generator there is nothing to choose by, and it says so.",
+            "The generator is an S4 layer of its own at full length. In a ViS4mer of three blocks, "
+            "whose first block is most of it, that pays in FLOPs below about a fifth of the "
+            "tokens; the paper claims accuracy and memory.",
             "Ours: kept tokens are pooled in pairs of neighbours, a pair being where its second "
             "token is, so that the number of tokens depends on the budget alone.",
             "Ours: masked tokens are set to zero behind the first norm, too, whose bias would "
