@@ -104,8 +104,8 @@ class CenterCLIP(Method):
             "neighbourhood mask of the spectral variant, temporal shift and token shift.",
             "Directions alone (normalise=True) have no longest one to start from: ours starts from "
             "the longest token before they are normalised; likewise the spectral variant.",
-            "A segment attends as one sequence, so a large share of its patches (above 0.85 of three "
-            "frames of 256) costs more than the untouched encoder.",
+            "A segment attends as one sequence, so a large share of its patches (above 0.85 of "
+            "three frames of 256) costs more than the untouched encoder.",
             "Inside a vision-language model it acts on videos, whose clips must be equally long in "
             "one call, and saves encoder time, not prompt length.",
         ),

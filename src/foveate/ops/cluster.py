@@ -253,9 +253,6 @@ def k_medoids(
         distance_BNN = _symmetric_distance(x, metric)
         if init is not None:
             medoids_BK = _initial_rows(init, B, k, N, x.device)
-        elif isinstance(metric, str):
-            start = "norm" if first is None else first
-            medoids_BK = k_centre(x, k, first=start, metric=metric)
         else:
             longest_B = torch.linalg.vector_norm(widen(x), dim=-1).argmax(-1)
             medoids_BK = farthest_rows(distance_BNN, k, longest_B if first is None else first)
