@@ -82,6 +82,7 @@ POSES, IMAGES, VIDEO = (18, 5, 2), (3, 32, 32), (37, 8)
 CASES = {
     "hot": Case("hot", mixste, POSES, 18, 9),
     "hot-trained": Case("hot", lambda: mixste(slots=9), POSES, 18, 9),
+    "hot-interpolated": Case('hot(recovery="interpolate")', lambda: mixste(slots=9), POSES, 18, 9),
     "hot-jitter": Case("hot(jitter=True)", mixste, POSES, 18, 9),
     "hot-centre": Case('hot(variant="seq2frame")', mixste, POSES, 18, 9),
     "tovim": Case("tovim", mamba, IMAGES, 64, 32),

@@ -207,7 +207,7 @@ def counted(model: nn.Module, x: torch.Tensor) -> int:
 
 
 def rule(model: nn.Module, entered: int, lengths: list[int]) -> int:
-    return adapter_for(model).flops(model, entered, lengths, left=entered, acted=False)
+    return adapter_for(model).flops(model, entered, lengths, left=entered)
 
 
 def test_formulas_are_what_torch_counts():

@@ -74,6 +74,7 @@ class BackboneRun:
         left: at full length, what every token was when it left; empty unless it is brought back.
         notes: what methods noted.
         seconds: host time spent in methods.
+        read: signals that methods have asked for.
     """
 
     num_samples: int
@@ -87,6 +88,7 @@ class BackboneRun:
     left: tuple[torch.Tensor, ...] = ()
     notes: list[Evidence] = field(default_factory=list)
     seconds: float = 0.0
+    read: set[str] = field(default_factory=set)
 
 
 class BackboneStage(OfOneModel):
@@ -297,8 +299,13 @@ class BackboneStage(OfOneModel):
             kind=self.adapter.kind,
             num_source=run.num_tokens,
             left_BK=source_BK,
-            read=signals,
+            read={name: partial(self._told, run, name, read) for name, read in signals.items()},
         )
+
+    @staticmethod
+    def _told(run: BackboneRun, name: str, read: Callable[[], Any]) -> Any:
+        run.read.add(name)
+        return read()
 
     def _notebook(self, run: BackboneRun, index: int, stream: Stream) -> Notebook | None:
         if not self.evidence or index == self.num_blocks:
@@ -325,7 +332,7 @@ class BackboneStage(OfOneModel):
         costs = {"untouched": full, "reduced": full}
         if run.cuts:
             flops = self.adapter.flops(
-                self.model, run.num_tokens, run.lengths, left=run.final, acted=True
+                self.model, run.num_tokens, run.lengths, left=run.final, read=run.read
             )
             costs["reduced"] = flops
         report.flops = {
@@ -340,7 +347,7 @@ class BackboneStage(OfOneModel):
         lengths = [
             num >> block if self.adapter.shrinks else num for block in range(self.num_blocks)
         ]
-        return self.adapter.flops(self.model, num, lengths, left=num, acted=False)
+        return self.adapter.flops(self.model, num, lengths, left=num)
 
     def _items(self, run: BackboneRun) -> Any:
         """One entry per sample, with what was noted."""

@@ -5,7 +5,7 @@ Legend: B samples, N places of the full sequence, K tokens that are left, C chan
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -83,7 +83,13 @@ class BackboneAdapter(EncoderAdapter):
         return Grid.image(1, num_tokens)
 
     def flops(
-        self, model: nn.Module, entered: int, lengths: Sequence[int], *, left: int, acted: bool
+        self,
+        model: nn.Module,
+        entered: int,
+        lengths: Sequence[int],
+        *,
+        left: int,
+        read: Collection[str] = (),
     ) -> int:
         """FLOPs of one sample.
 
@@ -92,7 +98,7 @@ class BackboneAdapter(EncoderAdapter):
             entered: tokens of the full sequence.
             lengths: tokens in front of every block.
             left: tokens behind the last seam.
-            acted: whether a method has taken tokens away.
+            read: signals that methods have read, whose making costs something.
         """
         raise NotImplementedError
 
@@ -131,7 +137,13 @@ class MixSTEAdapter(BackboneAdapter):
         return Grid.video(num_tokens, 1, 1)
 
     def flops(
-        self, model: nn.Module, entered: int, lengths: Sequence[int], *, left: int, acted: bool
+        self,
+        model: nn.Module,
+        entered: int,
+        lengths: Sequence[int],
+        *,
+        left: int,
+        read: Collection[str] = (),
     ) -> int:
         """FLOPs of one sequence; recovery counts where the trained parts do it."""
         config: Any = model.config
@@ -143,7 +155,7 @@ class MixSTEAdapter(BackboneAdapter):
             config.inputs,
             ((config.hidden, config.outputs),),
         )
-        attended = acted and bool(config.slots) and left == entered
+        attended = "recovery" in read and bool(config.slots) and left == entered
         return pose_flops(dims, entered, lengths, recovered=attended, out_frames=left)
 
 
@@ -181,7 +193,13 @@ class VisionMambaAdapter(BackboneAdapter):
         return Grid.image(side, side)
 
     def flops(
-        self, model: nn.Module, entered: int, lengths: Sequence[int], *, left: int, acted: bool
+        self,
+        model: nn.Module,
+        entered: int,
+        lengths: Sequence[int],
+        *,
+        left: int,
+        read: Collection[str] = (),
     ) -> int:
         """FLOPs of one image."""
         config = self._config(model)
@@ -218,9 +236,15 @@ class ViS4merAdapter(BackboneAdapter):
         return {"keep_logits": lambda: keep_logits(stream.states[0])}
 
     def flops(
-        self, model: nn.Module, entered: int, lengths: Sequence[int], *, left: int, acted: bool
+        self,
+        model: nn.Module,
+        entered: int,
+        lengths: Sequence[int],
+        *,
+        left: int,
+        read: Collection[str] = (),
     ) -> int:
         """FLOPs of one video; the mask generator counts where a method has asked it."""
         config: Any = model.config
         dims = ConvolutionDims(config.inputs, config.hidden, config.blocks, config.classes)
-        return convolution_flops(dims, entered, lengths, acted)
+        return convolution_flops(dims, entered, lengths, "keep_logits" in read)
