@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from foveate.core import STAGES
+from foveate.core import METHODS, STAGES
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "compatibility.md"
@@ -198,7 +198,7 @@ hide:
 
 What the shared behaviour suite found for {len(methods)} methods on {len(families)} model families:
 {len(run.tests):,} tests, {failed or "none"} failed. Nothing here is written by hand; the page is
-made from the record of a run.
+made from the record of a run. {elsewhere(methods)}
 
 ```bash
 {head["command"]}
@@ -233,6 +233,17 @@ is sdpa unless said otherwise.
 
 {properties_table(run)}
 """
+
+
+def elsewhere(methods: Iterable[str]) -> str:
+    """A sentence on registered methods that no run has recorded; empty when there are none."""
+    others = [f"[`{name}`](methods/{name}.md)" for name in sorted(set(METHODS) - set(methods))]
+    if not others:
+        return ""
+    return (
+        f"Methods for [backbones of their own](backbones.md) are not in the tables: "
+        f"{', '.join(others)}."
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
