@@ -86,16 +86,7 @@ class RecallEngine(StreamEngine):
             seconds: not used.
             pixels_T3hw: uint8, the same frames for the companion.
         """
-        if self.broken:
-            raise AttachmentError(
-                "An earlier group of this stream failed halfway, and what is remembered may be "
-                "incomplete; close it and start another."
-            )
-        self.broken = True
-        x_LD, plane_L, num_planes = self.features(inputs)
-        # Frames of which a method left nothing are as if they had not been there.
-        present_T, frame_L = plane_L.unique_consecutive(return_inverse=True)
-        ids = [self.num_frames + plane for plane in present_T.tolist()]
+        x_LD, frame_L, present_T, ids, num_planes = self._see(inputs)
         group = FrameGroup(
             x_LD,
             frame_L,

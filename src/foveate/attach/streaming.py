@@ -157,16 +157,7 @@ class StreamEngine:
             inputs: as the feature method takes them.
             seconds: when each plane is shown, for models that number by time; None: one a second.
         """
-        if self.broken:
-            raise AttachmentError(
-                "An earlier group of this stream failed halfway, and what is remembered may be "
-                "incomplete; close it and start another."
-            )
-        self.broken = True
-        x_LD, plane_L, num_planes = self.features(inputs)
-        # Frames of which a method left nothing are as if they had not been there.
-        present_T, frame_L = plane_L.unique_consecutive(return_inverse=True)
-        ids = [self.num_frames + plane for plane in present_T.tolist()]
+        x_LD, frame_L, present_T, ids, num_planes = self._see(inputs)
         plane_T2 = self._planes(num_planes, seconds)[present_T.cpu()]
         self.num_frames += num_planes
         if self.memory.picked or self.renumber:
@@ -242,6 +233,25 @@ class StreamEngine:
         return torch.cat([self.features.closing_D[None].to(embeds_LD), embeds_LD])
 
     # -- reading --------------------------------------------------------------------------------
+
+    def _see(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, list[int], int]:
+        """Encode a group; the stream counts as broken until its caller has remembered it.
+
+        Returns:
+            Features [L, D], the frame of the group that each belongs to, the planes of those
+            frames, their numbers in the stream, and planes in all.
+        """
+        if self.broken:
+            raise AttachmentError(
+                "An earlier group of this stream failed halfway, and what is remembered may be "
+                "incomplete; close it and start another."
+            )
+        self.broken = True
+        x_LD, plane_L, num_planes = self.features(inputs)
+        # Frames of which a method left nothing are as if they had not been there.
+        present_T, frame_L = plane_L.unique_consecutive(return_inverse=True)
+        ids = [self.num_frames + plane for plane in present_T.tolist()]
+        return x_LD, frame_L, present_T, ids, num_planes
 
     def _embed(self, ids: Tensor) -> Tensor:
         table = self.text.get_input_embeddings()
