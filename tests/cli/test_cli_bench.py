@@ -119,7 +119,7 @@ def test_bench_as_json_is_one_document(run: Run, model: Path, clips: Path, tmp_p
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--recipes", "holitim"), "No method is named 'holitim'. Did you mean holitom?"),
+        (("--recipes", "holitim"), "No method is named 'holitim'. Did you mean holitom"),
         (("--recipes", "holitom(retain=0.5)"), "has a budget of its own"),
         (("--recipes", "holitom", "--retain", "5"), "must lie in (0, 1], got 5.0"),
         (("--recipes", "holitom", "--retain", "half"), "retain must be numbers in (0, 1]"),
