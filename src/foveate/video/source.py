@@ -219,11 +219,16 @@ class MediaSource:
 
     def _open(self, stream: Any) -> InputContainer:
         av = import_av()
+        options = {"format_whitelist": FORMATS}
+        if _begins_as_mp4(stream):
+            # An MP4's header says all there is to know; without this FFmpeg decodes the first
+            # keyframe to see for itself, which takes as long as opening and reading some ten more.
+            options["skip_frame"] = "all"
         try:
             return av.open(
                 stream,
                 mode="r",
-                options={"format_whitelist": FORMATS},
+                options=options,
                 timeout=TIMEOUT_SECONDS,
                 metadata_errors="replace",
             )
@@ -279,7 +284,16 @@ def _head(stream: Any, count: int = 64) -> bytes:
         with Path(stream.removeprefix("file:")).open("rb") as file:
             return file.read(count)
     stream.seek(0)
-    return stream.read(count)
+    head = stream.read(count)
+    stream.seek(0)
+    return head
+
+
+def _begins_as_mp4(stream: Any) -> bool:
+    try:
+        return _head(stream, 8)[4:] == b"ftyp"
+    except (OSError, ValueError):  # opening it says what is wrong
+        return False
 
 
 def _words(failure: Exception) -> str:
