@@ -26,7 +26,7 @@ from foveate.core.evidence import Evidence, EvidenceKind, Notebook, merged_group
 from foveate.core.frames import FramePlan, FramesContext
 from foveate.core.grid import Grid, Modality, Plane, TokenKind
 from foveate.core.joining import join_rows, split_rows
-from foveate.core.method import Count, Method, relative_layer
+from foveate.core.method import Count, Method, blocks_run, relative_layer
 from foveate.core.newlines import NewlinePolicy, with_newlines, with_special
 from foveate.core.patches import PatchesContext
 from foveate.core.planes import (
@@ -108,6 +108,7 @@ __all__ = [
     "Tokens",
     "average_cells",
     "backbone_context",
+    "blocks_run",
     "by_rank_in_planes",
     "count_by_plane",
     "frames_of",

@@ -395,3 +395,15 @@ def relative_layer(layer: int | float, num_layers: int, name: str = "layer") -> 
             "give an index below that or a fraction of the depth in (0, 1)."
         )
     return index
+
+
+def blocks_run(depth: int | float, num_layers: int) -> int:
+    """Blocks that have run at a depth given as their number, or as a fraction in (0, 1).
+
+    A fraction is rounded, to one block at least; whether there are so many is for the caller.
+
+    Example:
+        >>> blocks_run(6, 12), blocks_run(0.5, 12), blocks_run(1 / 12, 4)
+        (6, 6, 1)
+    """
+    return max(1, round(depth * num_layers)) if depth < 1 else int(depth)

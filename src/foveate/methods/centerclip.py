@@ -14,7 +14,7 @@ import torch
 from torch.nn.functional import normalize
 
 from foveate import ops
-from foveate.core import Budget, Card, EncoderContext, Method, Reduction, Tokens
+from foveate.core import Budget, Card, EncoderContext, Method, Reduction, Tokens, blocks_run
 
 Algorithm = Literal["k_medoids", "spectral", "random", "uniform"]
 Aggregate = Literal["medoid", "mean"]
@@ -161,7 +161,7 @@ class CenterCLIP(Method):
             >>> CenterCLIP(after=6).blocks(12), CenterCLIP().blocks(23)
             ((6,), (12,))
         """
-        found = [max(1, round(v * num_layers)) if v < 1 else int(v) for v in self._after]
+        found = [blocks_run(value, num_layers) for value in self._after]
         if found[-1] >= num_layers or len(set(found)) < len(found):
             raise ValueError(
                 f"after = {self.after!r}: this encoder has {num_layers} blocks, of which one at "

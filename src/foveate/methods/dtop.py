@@ -24,6 +24,7 @@ from foveate.core import (
     Method,
     Reduction,
     Tokens,
+    blocks_run,
 )
 from foveate.core.units import select_tokens
 from foveate.methods._dtop_head import MaskHead, heads_from_tensors, heads_to_tensors
@@ -183,7 +184,7 @@ class DToP(Method):
         """
         found = []
         for value in self.after:
-            number = max(1, round(value * num_layers)) if value < 1 else int(value)
+            number = blocks_run(value, num_layers)
             if number >= num_layers or number - 1 in found:
                 raise ValueError(
                     f"after = {self.after} and the end leave a stage without a block of its own in "

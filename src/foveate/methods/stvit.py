@@ -17,7 +17,15 @@ from safetensors.torch import load_file
 from torch.nn.functional import scaled_dot_product_attention
 
 from foveate import ops
-from foveate.core import Card, EncoderContext, Method, Reduction, Tokens, merged_groups
+from foveate.core import (
+    Card,
+    EncoderContext,
+    Method,
+    Reduction,
+    Tokens,
+    blocks_run,
+    merged_groups,
+)
 from foveate.methods._stvit_modules import CrossBlock, SemanticGroup, blocks_from_tensors
 from foveate.methods.pool import pooled_shape
 
@@ -171,7 +179,7 @@ class STViT(Method):
         Raises:
             ValueError: the encoder has fewer blocks.
         """
-        after = max(1, round(self.after * num_layers)) if self.after < 1 else int(self.after)
+        after = blocks_run(self.after, num_layers)
         if after + 2 > num_layers:
             raise ValueError(
                 f"after = {self.after}: two blocks must follow, and this encoder has {num_layers}."

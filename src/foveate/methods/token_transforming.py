@@ -21,6 +21,7 @@ from foveate.core import (
     Method,
     Reduction,
     Tokens,
+    blocks_run,
     merged_groups,
     spread,
 )
@@ -236,7 +237,7 @@ class TokenTransforming(Method):
 
     @staticmethod
     def _block(value: int | float, num_layers: int) -> int:
-        number = max(1, round(value * num_layers)) if value < 1 else int(value)
+        number = blocks_run(value, num_layers)
         if number > num_layers:
             raise ValueError(f"layers = {value}: this encoder has {num_layers} blocks.")
         return number - 1

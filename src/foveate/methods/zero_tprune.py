@@ -15,7 +15,7 @@ import torch
 from torch.nn.functional import normalize, pad
 
 from foveate import ops
-from foveate.core import Budget, Card, EncoderContext, Method, Reduction, Tokens
+from foveate.core import Budget, Card, EncoderContext, Method, Reduction, Tokens, blocks_run
 from foveate.core.units import select_tokens
 
 Feature = Literal["keys", "queries", "values", "hidden"]
@@ -250,7 +250,7 @@ class ZeroTPrune(Method):
         """
         found = []
         for value in self.after:
-            number = max(1, round(value * num_layers)) if value < 1 else int(value)
+            number = blocks_run(value, num_layers)
             if number > num_layers:
                 raise ValueError(f"after = {value}: this encoder has {num_layers} blocks.")
             found.append(number - 1)
