@@ -22,6 +22,8 @@ sys.path.insert(0, str(VIEW_TESTS))
 
 from checkpoints import save_checkpoint  # noqa: E402
 
+from foveate.cli.training_tasks import TASK_SUMMARIES  # noqa: E402
+
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -125,6 +127,14 @@ def test_the_options_are_frozen() -> None:
             *("--clips", "--device", "--json", "--out", "--resume", "--seed", "--size"),
             *("--threads", "--workers", "-o"),
         ],
+        "train measure": ["--device", "--json", "--threads", "folder"],
+        **{
+            f"train {task}": [
+                *("--device", "--json", "--out", "--resume", "--seed", "--size", "--threads"),
+                *("--workers", "-o"),
+            ]
+            for task in TASK_SUMMARIES
+        },
         "tune": [
             *("--batch", "--device", "--dtype", "--frames", "--json", "--model", "--optimiser"),
             *("--out", "--random", "--retain", "--samples", "--seed", "--suite", "--trials"),
@@ -143,7 +153,10 @@ def test_the_options_are_frozen() -> None:
     }
 
 
-@pytest.mark.parametrize("command", ["", "list", "show", "ask", "train", "train embedded"])
+@pytest.mark.parametrize(
+    "command",
+    ["", "list", "show", "ask", "train", "train embedded", "train shapes", "train measure"],
+)
 def test_help_explains_every_option(run: Run, command: str) -> None:
     code, out, err = run(*command.split(), "--help")
     assert code == 0 and not err and "Usage: foveate" in out

@@ -18,6 +18,7 @@ from foveate.training import EmbeddedTraining, Size, Stage, build_model
 from foveate.training import embedded as module
 from foveate.training.data import AnswerBatches
 from foveate.training.dense import DenseHeads, dense_labels
+from foveate.training.folder import thinned
 from foveate.training.packing import frame_tokens
 from foveate.world.backgrounds import natural_pictures
 from foveate.world.vocabulary import TASKS
@@ -310,14 +311,14 @@ def test_the_card_says_what_was_done(learned: tuple[Path, list[tuple], dict[str,
 
 def test_long_curves_are_thinned_to_their_last_point() -> None:
     history = [{"step": float(step), "loss": 1 / step} for step in range(1, 302)]
-    kept = module._thinned(history)
+    kept = thinned(history)
     assert len(kept) <= 41 and kept[-1]["step"] == 301
-    assert module._thinned(history[:3]) == [
+    assert thinned(history[:3]) == [
         {"step": 1.0, "loss": 1.0},
         {"step": 2.0, "loss": 0.5},
         {"step": 3.0, "loss": 0.33333},
     ]
-    assert module._thinned([]) == []
+    assert thinned([]) == []
 
 
 def test_weights_are_evaluated_as_they_are_stored(

@@ -22,7 +22,7 @@ from foveate.cli.output import (
     segment_line,
     stage_table,
 )
-from foveate.cli.training import train_app
+from foveate.cli.training_tasks import train_app
 from foveate.cli.tuning import tune_command
 from foveate.cli.watch_options import watch_command
 from foveate.cli.worlding import world_command

@@ -79,6 +79,7 @@ def embedded_command(
     from foveate.training import EmbeddedTraining, size_named
 
     place = checked_device(device)
+    began = time.perf_counter()
     training = EmbeddedTraining(
         size_named(size),
         output,
@@ -88,27 +89,33 @@ def embedded_command(
         clips=clips,
         resume=resume,
     )
-    if resume and (note := training.version_note()):
-        print(f"warning: {note}", file=sys.stderr)
-    began = time.perf_counter()
-    try:
-        with cpu_settings(threads), stages(not as_json) as tell:
-            card = training.run(tell)
-    except KeyboardInterrupt:
-        print(_RESUME.format(folder=output), file=sys.stderr)
-        raise typer.Exit(INTERRUPTED) from None
-    except RuntimeError as error:  # out of memory, a full disk, a worker that was killed
-        reason = next(iter(str(error).splitlines()), repr(error))
-        raise FoveateError(f"{reason}; checkpoints so far are in {output} (--resume)") from error
+    card = run_training(training, output, threads, quietly=as_json)
     if as_json:
         print_json({"folder": str(output), **card})
         return
     console = out()
     console.print(accuracy_table(card))
-    spent = _clock(time.perf_counter() - began)
+    spent = clock(time.perf_counter() - began)
     console.print(f"\nthe model is in [bold]{escape(str(output))}[/] ({spent}); use it with\n")
     for line in _uses(output):
         console.print(f"  {escape(line)}", soft_wrap=True)
+
+
+def run_training(
+    training: Any, folder: Path, threads: int | None, *, quietly: bool
+) -> dict[str, Any]:
+    """Train with progress on standard error; what stops it is said with how to go on."""
+    if training.resume and (note := training.version_note()):
+        print(f"warning: {note}", file=sys.stderr)
+    try:
+        with cpu_settings(threads), stages(not quietly) as tell:
+            return training.run(tell)
+    except KeyboardInterrupt:
+        print(_RESUME.format(folder=folder), file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
+    except RuntimeError as error:  # out of memory, a full disk, a worker that was killed
+        reason = next(iter(str(error).splitlines()), repr(error))
+        raise FoveateError(f"{reason}; checkpoints so far are in {folder} (--resume)") from error
 
 
 def _workers(device: str) -> int:
@@ -162,10 +169,10 @@ class Pace:
         if done <= self.first or now <= self.began:
             return ""
         rate = (done - self.first) / (now - self.began)
-        return f"{rate:.2f} steps/s, {_clock((total - done) / rate)} left"
+        return f"{rate:.2f} steps/s, {clock((total - done) / rate)} left"
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
     """Hours, minutes and seconds: 3725 -> "1:02:05"."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

@@ -6,11 +6,7 @@ tower frozen; everything together.
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 import time
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +22,7 @@ from foveate.core.hardware import hardware
 from foveate.training.data import AnswerBatches, TowerBatches, batches
 from foveate.training.dense import DenseHeads
 from foveate.training.evaluate import VIEWS, summary, world_accuracy
+from foveate.training.folder import claim, publish, thinned, version_note
 from foveate.training.loop import Run, Tell, make_optimisers
 from foveate.training.model import build_model, save_pretrained
 from foveate.training.packing import frame_tokens, join_frames, packed_hidden
@@ -38,8 +35,6 @@ STAGES = ("tower", "answers", "joint")
 _FIRST_CLIP = {"tower": 0, "answers": 10_000_000, "joint": 20_000_000}
 #: Share of the labels' loss in the joint stage.
 _DENSE_WEIGHT = 0.3
-_STATE = "training.json"
-_WEIGHTS = "model.safetensors"
 
 
 @dataclass
@@ -102,7 +97,8 @@ class EmbeddedTraining:
         """
         if self.size.natural:
             natural_pictures()  # Says what to install before anything is written.
-        self._claim()
+        settings = {"size": self.size.as_dict(), "seed": self.seed}
+        claim(self.folder, settings, resume=self.resume)
         model: Any = build_model(self.size, self.seed)
         model.to(self.device)
         if not self._on_gpu:
@@ -123,68 +119,16 @@ class EmbeddedTraining:
         self._finish(model.to(getattr(torch, self.size.dtype)), card)
         return card
 
-    # -- folder ---------------------------------------------------------------------------------
-
-    def _claim(self) -> None:
-        """Take the folder, or refuse it."""
-        file = self.folder / _STATE
-        if (self.folder / _WEIGHTS).exists():
-            raise FileExistsError(
-                f"{self.folder} holds a finished model; name another folder or move it away."
-            )
-        settings = {"size": self.size.as_dict(), "seed": self.seed}
-        if file.exists():
-            if not self.resume:
-                raise FileExistsError(
-                    f"{self.folder} holds a training that was begun; go on with --resume "
-                    "(resume=True), or name another folder."
-                )
-            begun = json.loads(file.read_text())
-            if note := self.version_note():
-                warnings.warn(note, stacklevel=3)
-            begun.pop("foveate", None)
-            if differing := _differing(begun, settings):
-                raise ValueError(
-                    f"{self.folder} was begun with other settings: {differing}; go on with those, "
-                    "or name another folder."
-                )
-            return
-        if self.folder.exists() and any(self.folder.iterdir()):
-            raise FileExistsError(f"{self.folder} is not empty; name a new folder.")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        draft = file.with_suffix(".tmp")
-        begun = {"foveate": foveate.__version__, **settings}
-        draft.write_text(json.dumps(begun, indent=1) + "\n")
-        os.replace(draft, file)  # noqa: PTH105
-
     def version_note(self) -> str | None:
         """What to know about going on with a training that another patch of foveate began.
 
-        A patch changes neither data nor losses on purpose, so that the training goes on with this
-        warning. Trainings that do not say who began them are taken on trust.
-
         Raises:
-            ValueError: another release began it (0.1, 0.2), where both may differ.
+            ValueError: another release began it (0.1, 0.2), where data and losses may differ.
         """
-        file = self.folder / _STATE
-        now = foveate.__version__
-        begun = json.loads(file.read_text()).get("foveate", now) if file.exists() else now
-        if begun == now:
-            return None
-        found = f"{self.folder} was begun with foveate {begun}, and this is {now}"
-        if begun.split(".")[:2] != now.split(".")[:2]:
-            raise ValueError(f"{found}; go on with that version, or name another folder.")
-        return f"{found}: the weights may differ from those of either alone."
+        return version_note(self.folder)
 
     def _finish(self, model: Any, card: dict[str, Any]) -> None:
-        """Write the model and its card, the weights last: where they are, everything is."""
-        draft = self.folder / "finished.tmp"
-        shutil.rmtree(draft, ignore_errors=True)
-        save_pretrained(model, self.size, draft)
-        (draft / "card.json").write_text(json.dumps(card, indent=1) + "\n")
-        for file in sorted(draft.iterdir(), key=lambda file: file.name == _WEIGHTS):
-            os.replace(file, self.folder / file.name)  # noqa: PTH105
-        draft.rmdir()
+        publish(self.folder, partial(save_pretrained, model, self.size), card)
 
     # -- stages ---------------------------------------------------------------------------------
 
@@ -264,7 +208,7 @@ class EmbeddedTraining:
                     "steps": run.stage.steps,
                     "clips": run.stage.steps * run.stage.clips,
                     "seconds": round(run.seconds, 1),
-                    "curve": _thinned(run.history),
+                    "curve": thinned(run.history),
                 }
                 for run in runs
             },
@@ -276,18 +220,6 @@ class EmbeddedTraining:
             },
             "evaluation_seconds": round(time.perf_counter() - began, 1),
         }
-
-
-def _differing(begun: dict[str, Any], settings: dict[str, Any], name: str = "") -> str:
-    """Where two nested settings differ, in words; empty when they agree."""
-    found = []
-    for key in dict.fromkeys([*begun, *settings]):
-        was, now, path = begun.get(key), settings.get(key), f"{name}{key}"
-        if isinstance(was, dict) and isinstance(now, dict):
-            found.append(_differing(was, now, f"{path}."))
-        elif was != now:
-            found.append(f"{path} was {was}, is {now}")
-    return "; ".join(part for part in found if part)
 
 
 def answer_loss(
@@ -321,12 +253,3 @@ def answer_loss(
         dense, dense_facts = heads.loss(features_BPD, tokens_BNE, batch)
         loss, facts = loss + _DENSE_WEIGHT * dense, {**facts, **dense_facts}
     return loss, facts
-
-
-def _thinned(history: list[dict[str, float]], points: int = 40) -> list[dict[str, float]]:
-    """A curve of at most so many points, the last one included."""
-    every = max(1, -(-len(history) // points))
-    kept = history[every - 1 :: every]
-    if history and kept[-1:] != history[-1:]:
-        kept.append(history[-1])
-    return [{name: round(value, 5) for name, value in point.items()} for point in kept]

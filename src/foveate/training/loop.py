@@ -91,6 +91,7 @@ class Run:
         folder: of checkpoints.
         every: steps between checkpoints.
         report_every: steps between reports.
+        after: called behind every step of the optimisers.
         seconds: spent in the steps so far, over all runs that were needed.
         history: facts of past steps, one dictionary per report.
     """
@@ -103,6 +104,7 @@ class Run:
     folder: Path
     every: int = 200
     report_every: int = 20
+    after: Callable[[], None] | None = None
     seconds: float = 0.0
     history: list[dict[str, float]] = field(default_factory=list)
 
@@ -140,6 +142,8 @@ class Run:
             for optimiser in self.optimisers:
                 optimiser.step()
                 optimiser.zero_grad(set_to_none=True)
+            if self.after is not None:
+                self.after()
             for name, value in {"loss": loss, **facts}.items():
                 sums[name] = sums.get(name, 0.0) + value.detach()
             since += 1

@@ -1,0 +1,136 @@
+"""`foveate train TASK`: small models on generated data, and what methods keep of them."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from foveate.cli.options import Device, Json, checked_device
+from foveate.cli.output import command, out, print_json, quiet
+from foveate.cli.training import clock, cpu_settings, run_training, stages, train_app
+
+__all__ = ["train_app"]
+
+#: What `--help` says of each task of `foveate.training.TASKS`, which would import torch.
+TASK_SUMMARIES = {
+    "shapes": "A ViT that classifies and segments pictures of shapes",
+    "retrieval": "A small CLIP that finds clips by their captions",
+    "poses": "A MixSTE that lifts poses of generated motion to 3D",
+    "sequences": "A ViS4mer that reads the order of needles in long noise",
+    "scan": "A state-space model that classifies shapes",
+}
+
+
+def _add(name: str, summary: str) -> None:
+    """One command for one task."""
+
+    @command
+    @quiet()
+    def train_task(
+        output: Annotated[
+            Path, typer.Option("--out", "-o", help="New folder for checkpoints, weights and card.")
+        ],
+        size: Annotated[
+            str, typer.Option("--size", help="tiny (for a look) or small (for two CPU cores).")
+        ] = "small",
+        device: Device = "auto",
+        seed: Annotated[int, typer.Option("--seed", help="Of the weights and of the data.")] = 0,
+        workers: Annotated[
+            int, typer.Option("--workers", help="Processes that make batches ahead.", min=0)
+        ] = 0,
+        threads: Annotated[
+            int | None,
+            typer.Option(
+                "--threads",
+                help="Threads of the CPU that train; default: torch's own choice.",
+                min=1,
+                show_default=False,
+            ),
+        ] = None,
+        resume: Annotated[
+            bool, typer.Option("--resume", help="Go on with a training that was begun in --out.")
+        ] = False,
+        as_json: Json = False,
+    ) -> None:
+        from foveate.training import TaskTraining, make_task
+
+        began = time.perf_counter()
+        training = TaskTraining(
+            make_task(name, size, seed),  # pyright: ignore[reportArgumentType]
+            output,
+            device=checked_device(device),
+            workers=workers,
+            resume=resume,
+        )
+        card = run_training(training, output, threads, quietly=as_json)
+        _show(output, card, time.perf_counter() - began, as_json=as_json)
+
+    train_task.__doc__ = f"{summary}."
+    train_app.command(name)(train_task)
+
+
+@train_app.command("measure")
+@command
+@quiet()
+def measure_command(
+    folder: Annotated[Path, typer.Argument(help="Folder of a finished task.")],
+    device: Device = "auto",
+    threads: Annotated[
+        int | None,
+        typer.Option("--threads", help="Threads of the CPU.", min=1, show_default=False),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure the methods on a finished task once more, and renew its card."""
+    from foveate.training import measure_again
+
+    began = time.perf_counter()
+    with cpu_settings(threads), stages(not as_json) as tell:
+        card = measure_again(folder, tell, device=checked_device(device))
+    _show(folder, card, time.perf_counter() - began, as_json=as_json)
+
+
+def _show(folder: Path, card: dict[str, Any], seconds: float, *, as_json: bool) -> None:
+    if as_json:
+        print_json({"folder": str(folder), **card})
+        return
+    console = out()
+    console.print(outcome_table(card))
+    console.print(f"\nweights and card are in [bold]{escape(str(folder))}[/] ({clock(seconds)})")
+
+
+def outcome_table(card: dict[str, Any]) -> Table:
+    """What every method keeps of the trained model."""
+    table = Table(
+        title=f"{card['task']}, held-out data",
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+        header_style="bold",
+        padding=(0, 2, 0, 0),
+    )
+    several = len({row["on"] for row in card["outcomes"]}) > 1
+    if several:
+        table.add_column("on")
+    table.add_column("recipe", no_wrap=True)
+    table.add_column("metric")
+    for name in ("value", "FLOPs"):
+        table.add_column(name, justify="right")
+    table.add_column("asked")
+    for row in card["outcomes"]:
+        flops = "" if row["flops"] is None else f"{row['flops']:.1%}"
+        asked = ""
+        if row["bar"]:
+            asked = f"{row['bar']}: {'yes' if row['met'] else 'no'}"
+        cells = [row["recipe"], row["metric"], f"{row['value']:.2f}", flops, asked]
+        table.add_row(*([row["on"]] if several else []), *(escape(cell) for cell in cells))
+    return table
+
+
+for _name, _summary in TASK_SUMMARIES.items():
+    _add(_name, _summary)

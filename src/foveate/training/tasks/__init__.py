@@ -1,0 +1,1 @@
+"""The tasks that `foveate train` knows, one module each."""
