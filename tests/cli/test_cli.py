@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 
 from foveate import __version__
-from foveate.cli import main
 from tiny import tiny_encoder
 
 pytest.importorskip("typer")
@@ -25,21 +24,6 @@ from checkpoints import save_checkpoint  # noqa: E402
 from foveate.cli.training_tasks import TASK_SUMMARIES  # noqa: E402
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run the command here; gives exit code, standard output and standard error."""
-    monkeypatch.setenv("COLUMNS", "120")
-    monkeypatch.setenv("TERM", "dumb")
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture(scope="module")

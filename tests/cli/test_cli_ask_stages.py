@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from transformers import CLIPConfig, CLIPModel
 
-from foveate.cli import main, stages
+from foveate.cli import stages
 from foveate.core.timeline import TIMED_STAGES
 from foveate.errors import UnknownModelError
 from foveate.world.long import LongWorld
@@ -30,20 +30,6 @@ from checkpoints import save_checkpoint
 Run = Callable[..., tuple[int, str, str]]
 CLIP = LongWorld(24, fps=4.0).sample(0)
 QUESTION = CLIP.events[0].question.text
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    monkeypatch.setenv("COLUMNS", "120")
-    monkeypatch.setenv("TERM", "dumb")
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture(scope="module")

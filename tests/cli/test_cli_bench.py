@@ -14,8 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from foveate.cli import main
-
 pytest.importorskip("typer")
 av = pytest.importorskip("av")
 sys.path.insert(0, str(Path(__file__).parents[1] / "view"))
@@ -26,18 +24,9 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run the command here; gives exit code, standard output and standard error."""
+def run(run: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.setenv("COLUMNS", "140")
-    monkeypatch.setenv("TERM", "dumb")
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = main(["bench", *map(str, arguments)])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
+    return partial(run, "bench")
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +108,7 @@ def test_bench_as_json_is_one_document(run: Run, model: Path, clips: Path, tmp_p
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--recipes", "holitim"), "No method is named 'holitim'. Did you mean holitom"),
+        (("--recipes", "holitim"), "No method is named 'holitim'. Did you mean holitom, hot?"),
         (("--recipes", "holitom(retain=0.5)"), "has a budget of its own"),
         (("--recipes", "holitom", "--retain", "5"), "must lie in (0, 1], got 5.0"),
         (("--recipes", "holitom", "--retain", "half"), "retain must be numbers in (0, 1]"),

@@ -35,18 +35,12 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+def run(run: Run) -> Run:
     """Train the tiny size here; gives exit code, standard output and standard error."""
-    monkeypatch.setenv("COLUMNS", "120")
-    monkeypatch.setenv("TERM", "dumb")
 
     def call(folder: Path, *arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
         fixed = ("--size", "tiny", "--clips", 4, "--workers", 0, "--threads", 1, "--device", "cpu")
-        given = ("train", "embedded", "--out", folder, *fixed, *arguments)
-        code = main([str(argument) for argument in given])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
+        return run("train", "embedded", "--out", folder, *fixed, *arguments)
 
     return call
 

@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from foveate.cli import main
-
 pytest.importorskip("typer")
 av = pytest.importorskip("av")
 sys.path.insert(0, str(Path(__file__).parents[1] / "view"))
@@ -21,20 +19,6 @@ from checkpoints import save_checkpoint  # noqa: E402
 
 Run = Callable[..., tuple[int, str, str]]
 pytestmark = pytest.mark.timeout(120)
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    monkeypatch.setenv("COLUMNS", "120")
-    monkeypatch.setenv("TERM", "dumb")
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture(scope="module")

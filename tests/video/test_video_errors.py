@@ -37,26 +37,10 @@ from foveate.video import (
 from foveate.video.source import import_av
 
 av = pytest.importorskip("av")
+
+from hostile_inputs import sound  # noqa: E402
+
 pytestmark = pytest.mark.timeout(60)
-
-
-def write_audio(path, *, cover=False):
-    with av.open(str(path), "w", format="mp4") as out:
-        stream = out.add_stream("aac", rate=16000)
-        if cover:
-            art = out.add_stream("mjpeg")
-            art.width, art.height, art.pix_fmt = 64, 64, "yuvj420p"
-            art.disposition = av.stream.Disposition.attached_pic
-            picture = av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), "rgb24")
-            out.mux(art.encode(picture))
-            out.mux(art.encode())
-        tone = av.AudioFrame.from_ndarray(
-            np.zeros((1, 16384), np.float32), format="fltp", layout="mono"
-        )
-        tone.sample_rate = 16000
-        out.mux(stream.encode(tone))
-        out.mux(stream.encode())
-    return path
 
 
 def test_paths_that_are_no_files(tmp_path):
@@ -109,7 +93,7 @@ def test_what_is_not_a_video(tmp_path, gop_video):
 @pytest.mark.parametrize("cover", [False, True])
 def test_audio_only(cover, tmp_path):
     with pytest.raises(NoVideoStreamError, match="audio file"):
-        Clip(write_audio(tmp_path / "sound.m4a", cover=cover))
+        Clip(sound(tmp_path / "sound.m4a", cover=cover))
 
 
 def test_no_frames_and_zero_duration(make_video):

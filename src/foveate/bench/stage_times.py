@@ -6,20 +6,17 @@ all that a scorer decodes and looks at as "choose", preprocessing and the vision
 
 from __future__ import annotations
 
-import functools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
-from torch import nn
 
 from foveate.attach import Attachment
+from foveate.attach.encode_spans import encode_spans
 from foveate.bench.generation import Generator
 from foveate.bench.inputs import taken_frames
-from foveate.bench.model import language_adapter
 from foveate.bench.suite import Item
 from foveate.checkpoints import open_clip
 from foveate.core import Recipe
@@ -95,7 +92,7 @@ def _asked(
     with attach() as run:
         if run is not None and plan is not None:
             run.plans = [plan]
-        with _timed_features(generator.model, timeline):
+        with encode_spans(generator.model, timeline):
             _generate(generator, inputs, timeline)
     return timeline
 
@@ -125,42 +122,3 @@ def _generate(generator: Generator, inputs: dict[str, torch.Tensor], timeline: T
     encoded = max((span.stop for span in timeline.spans if span.stage == "encode"), default=begin)
     timeline.add("prefill", min(max(begin, encoded), first), first)
     timeline.add("answer", first, end)
-
-
-@contextmanager
-def _timed_features(model: nn.Module, timeline: Timeline) -> Iterator[None]:
-    """Note every outermost call of the model's feature methods as a span of "encode"."""
-    adapter = language_adapter(model)
-    base, inside = adapter.base(model), [False]
-    device = next(model.parameters()).device
-
-    def timed(original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)  # generate() reads the signature
-        def run(*args: Any, **kwargs: Any) -> Any:
-            # Some video methods call the image method of the same instance: the outer one counts.
-            if inside[0]:
-                return original(*args, **kwargs)
-            inside[0] = True
-            try:
-                with timeline.span("encode"):
-                    output = original(*args, **kwargs)
-                    if device.type == "cuda":
-                        torch.cuda.synchronize(device)
-            finally:
-                inside[0] = False
-            return output
-
-        return run
-
-    names = [name for name in set(adapter.feature_methods.values()) if hasattr(base, name)]
-    before = {name: base.__dict__.get(name) for name in names}
-    for name in names:
-        base.__dict__[name] = timed(getattr(base, name))
-    try:
-        yield
-    finally:
-        for name, previous in before.items():
-            if previous is None:
-                base.__dict__.pop(name, None)
-            else:
-                base.__dict__[name] = previous

@@ -9,12 +9,14 @@ import warnings
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from foveate.attach import reduce
+from foveate.attach.encode_spans import encode_spans, settle
 from foveate.attach.frame_choice import plan_frames
 from foveate.checkpoints import own_scorer, prepare
 from foveate.checkpoints.processors import sees_whole_frames
@@ -34,8 +36,6 @@ from foveate.view.timing import (
     make_clock,
     no_progress,
     peak_memory,
-    settle,
-    timed_features,
 )
 
 
@@ -196,7 +196,9 @@ def ask(
     with timeline.span("encode"):
         inputs = _prepared(model, processor, taken, question)
     with ExitStack() as stack:
-        stack.enter_context(timed_features(model, timeline, tell, len(taken)))
+        shown = len(taken)
+        done = partial(tell, "encode", shown, shown)
+        stack.enter_context(encode_spans(model, timeline, done))
         run = None
         if made is not None:
             run = reduce(model, made, evidence=True, companion=companion, **budget)
