@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import reduce
+from itertools import pairwise
+
 import pytest
 import torch
 
-from foveate.core import Reduction, Tokens, spread
+from foveate.core import Reduction, Tokens, join_rows, spread
+from foveate.core.spread import SpreadChain
 
 
 @pytest.fixture(params=[False, True])
@@ -72,3 +77,66 @@ def test_shapes_have_to_fit() -> None:
         spread(4, torch.tensor([[0, 2]]), torch.tensor([[1]]), torch.rand(1, 2, 1))
     with pytest.raises(ValueError, match="need weights"):
         spread(3, torch.tensor([[0, 2]]), torch.tensor([[1]]), torch.rand(1, 2, 2))
+
+
+def chained(lengths: tuple[int, ...] = (12, 9, 7, 5), own: bool = True) -> list[Reduction]:
+    """Spreads behind one another."""
+    steps = []
+    for num_in, num_out in pairwise(lengths):
+        order_BN = torch.stack([torch.randperm(num_in) for _ in range(2)])
+        anchor_BM, gone_BR = order_BN[:, :num_out].sort(1).values, order_BN[:, num_out:]
+        weight_BMR = torch.rand(2, num_out, num_in - num_out)
+        own_BM = torch.rand(2, num_out) + 0.1 if own else None
+        steps.append(spread(num_in, anchor_BM, gone_BR, weight_BMR, own_BM))
+    return steps
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("first", ["spread", "select", "merge", "transform"])
+def test_a_chain_is_the_product_of_its_matrices(first: str, own: bool) -> None:
+    steps = chained(own=own)
+    before = {
+        "spread": [],
+        "select": [Reduction.select(torch.arange(14, 2, -1).expand(2, 12), 15)],
+        "merge": [Reduction.merge(torch.arange(15).expand(2, 15) % 12, 12)],
+        "transform": [Reduction.transform(torch.rand(2, 12, 15))],
+    }[first]
+    whole = reduce(Reduction.then, [*before, *steps])
+    matrix = reduce(lambda done, step: step @ done, [s.matrix() for s in [*before, *steps]])
+    assert isinstance(whole, SpreadChain) and len(whole.steps) == len(before) + 3
+    torch.testing.assert_close(whole.matrix(), matrix)
+    assert whole.steps == ()  # the matrix is kept in their place
+    dense = Reduction.transform(matrix, whole.anchor_BM)
+    x_BND, size_BN = torch.randn(2, whole.num_in, 3), torch.rand(2, whole.num_in)
+    torch.testing.assert_close(whole.apply(x_BND), dense.apply(x_BND))
+    torch.testing.assert_close(whole.sizes(size_BN), dense.sizes(size_BN))
+    torch.testing.assert_close(whole.restore(x_BND[:, :5]), dense.restore(x_BND[:, :5]))
+    assert whole.groups_BN.equal(dense.groups_BN)
+
+
+def test_a_chain_goes_on_behind_its_matrix() -> None:
+    one, two, three = chained()
+    start = one.then(two)
+    early = start.matrix()
+    whole, lazy = start.then(three), one.then(two).then(three)
+    assert isinstance(whole, SpreadChain) and whole.steps[0] is start
+    torch.testing.assert_close(whole.matrix(), three.matrix() @ early)
+    torch.testing.assert_close(whole.matrix(), lazy.matrix())
+    later = Reduction.select(torch.tensor([[4, 0], [1, 2]]), 5)
+    picked = lazy.then(later).matrix()
+    torch.testing.assert_close(
+        picked, torch.stack([m[i] for m, i in zip(lazy.matrix(), later.anchor_BM, strict=True)])
+    )
+    moved, single = one.then(two).to("cpu"), one.then(two).sample(1)
+    torch.testing.assert_close(moved.matrix(), early)
+    torch.testing.assert_close(single.matrix()[0], early[1])
+    part = replace(start, anchor_BM=start.anchor_BM[:1], matrix_BMN=start.matrix()[:1])
+    assert part.matrix().equal(early[:1])
+
+
+def test_a_chain_beside_another_image() -> None:
+    """Frames joined into one row have their matrices on the diagonal."""
+    one, two, _ = chained()
+    for made in (one, one.then(two)):
+        joined = join_rows(made, 2)
+        torch.testing.assert_close(joined.matrix()[0], torch.block_diag(*made.matrix()))

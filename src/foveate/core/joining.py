@@ -36,6 +36,15 @@ def join_rows(reduction: Reduction, num: int) -> Reduction:
     if num == 1:
         return reduction
     R = I // num
+    if reduction.kind == "transform" and reduction.matrix_BMN is None:  # a spread
+        reduction = Reduction(
+            "transform",
+            N,
+            reduction.anchor_BM,
+            reduction.mask_BM,
+            matrix_BMN=reduction.matrix(),
+            conserve=reduction.conserve,
+        )
 
     def beside(x: torch.Tensor | None) -> torch.Tensor | None:
         return None if x is None else x.reshape(R, num * x.shape[1], *x.shape[2:])

@@ -436,14 +436,7 @@ class Reduction:
             weight_BN = first_weight_BN * take_rows(second_weight_BN, first_BN)
             weight_BN = weight_BN.masked_fill(target_BN < 0, 0.0)
             return Reduction("merge", self.num_in, anchor_BM, mask_BM, target_BN, weight_BN)
-        return Reduction(
-            "transform",
-            self.num_in,
-            anchor_BM,
-            mask_BM,
-            matrix_BMN=later._product(self),
-            conserve=self.conserve and later.conserve,
-        )
+        return later._behind(self, anchor_BM, mask_BM)
 
     def sample(self, index: int) -> Reduction:
         """One sample of the batch, its padding removed (B = 1).
@@ -518,6 +511,19 @@ class Reduction:
             return anchor_BM, mask_BM
         exists_BM = take_rows(self.mask_BM, later.anchor_BM) | (later.anchor_BM < 0)
         return anchor_BM, exists_BM if mask_BM is None else exists_BM & mask_BM
+
+    def _behind(
+        self, earlier: Reduction, anchor_BM: torch.Tensor, mask_BM: torch.Tensor | None
+    ) -> Reduction:
+        """`earlier` followed by this one, where only a matrix says what becomes of a token."""
+        return Reduction(
+            "transform",
+            earlier.num_in,
+            anchor_BM,
+            mask_BM,
+            matrix_BMN=self._product(earlier),
+            conserve=earlier.conserve and self.conserve,
+        )
 
     def _product(self, earlier: Reduction) -> torch.Tensor:
         """Matrix of `earlier` followed by this one, dense [B, M, N]."""

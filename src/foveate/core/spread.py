@@ -17,8 +17,8 @@ from foveate.core.reduction import Reduction
 class Spread(Reduction):
     """A transform whose target i is `own_i * anchor_i + sum_r weight_ir * spread_r`.
 
-    The same as `Reduction.transform` with that matrix, in O(M R D) in place of O(M N D), and
-    joined with an earlier one in O(M R N). Make one with `spread`.
+    The same as `Reduction.transform` with that matrix, in O(M R D) in place of O(M N D). Behind an
+    earlier reduction it is a `SpreadChain`. Make one with `spread`.
 
     Example:
         >>> anchor_BM, spread_BR = torch.tensor([[0, 2]]), torch.tensor([[1]])
@@ -39,9 +39,11 @@ class Spread(Reduction):
         kept_BMD = as_channels(take_rows(x_BN, self.anchor_BM))
         gone_BRD = as_channels(take_rows(x_BN, self.spread_BR))
         dtype = torch.promote_types(x_BN.dtype, torch.float32)
-        out_BMD = torch.bmm(self.weight_BMR.to(dtype), gone_BRD.to(dtype))
-        own_BMD = kept_BMD if self.own_BM is None else kept_BMD * self.own_BM[..., None].to(dtype)
-        out_BMD = own_BMD + out_BMD
+        kept_BMD = kept_BMD.to(dtype)
+        if self.own_BM is not None:
+            kept_BMD = kept_BMD * self.own_BM[..., None].to(dtype)
+        # Added in place: these rows are copies, and one more of them all costs as much as the sum.
+        out_BMD = kept_BMD.baddbmm_(self.weight_BMR.to(dtype), gone_BRD.to(dtype))
         return out_BMD.to(x_BN.dtype).reshape(self.batch, self.num_out, *x_BN.shape[2:])
 
     def sizes(self, size_BN: torch.Tensor) -> torch.Tensor:
@@ -88,6 +90,26 @@ class Spread(Reduction):
             self.conserve,
         )
 
+    def before(self, y_BMX: torch.Tensor) -> torch.Tensor:
+        """The matrix transposed times numbers of the targets, [B, M, X] -> [B, N, X]. O(M R X)."""
+        kept_BMX = y_BMX if self.own_BM is None else y_BMX * self.own_BM[..., None]
+        all_BNX = torch.cat([kept_BMX, self.weight_BMR.transpose(1, 2) @ y_BMX], dim=1)
+        return take_rows(all_BNX, torch.cat([self.anchor_BM, self.spread_BR], dim=1).argsort(1))
+
+    def _behind(
+        self, earlier: Reduction, anchor_BM: torch.Tensor, mask_BM: torch.Tensor | None
+    ) -> Reduction:
+        made = SpreadChain(
+            "transform",
+            earlier.num_in,
+            anchor_BM,
+            mask_BM,
+            conserve=earlier.conserve and self.conserve,
+        )
+        so_far = getattr(earlier, "steps", ()) or (earlier,)
+        object.__setattr__(made, "steps", (*so_far, self))
+        return made
+
     def _product(self, earlier: Reduction) -> torch.Tensor:
         return self.apply(earlier.matrix())
 
@@ -98,6 +120,61 @@ class Spread(Reduction):
         matrix_BMN.scatter_(2, spread_BMR, self.weight_BMR)
         own_BM = self.weight_BMR.new_ones(B, M) if self.own_BM is None else self.own_BM
         return matrix_BMN.scatter_(2, self.anchor_BM[..., None], own_BM[..., None])
+
+
+class SpreadChain(Reduction):
+    """A reduction and spreads behind it as one transform, whose matrix is made when asked for.
+
+    An encoder that spreads tokens in every block so joins each to the others in O(M). The matrix
+    costs O(M R M') per spread, M' tokens being left behind the last one; O(M R N) where the first
+    step is no spread.
+
+    Attributes:
+        steps: in order; empty once the matrix is there, which is kept in their place.
+
+    Example:
+        >>> half = torch.full((1, 2, 1), 0.5)
+        >>> one = spread(3, torch.tensor([[0, 2]]), torch.tensor([[1]]), half)
+        >>> two = spread(2, torch.tensor([[0]]), torch.tensor([[1]]), half[:, :1])
+        >>> one.then(two).matrix().tolist()
+        [[[1.0, 0.75, 0.5]]]
+    """
+
+    steps: tuple[Reduction, ...] = ()
+    _made: torch.Tensor | None = None
+
+    @property
+    def matrix_BMN(self) -> torch.Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The matrix, made at the first call."""
+        if self._made is None:
+            self._keep(_product_of(self.steps))
+        return self._made
+
+    @matrix_BMN.setter
+    def matrix_BMN(self, value: torch.Tensor | None) -> None:
+        # Also called by the constructor, that is by `dataclasses.replace`.
+        self._keep(value)
+
+    def _keep(self, matrix_BMN: torch.Tensor | None) -> None:
+        object.__setattr__(self, "_made", matrix_BMN)
+        object.__setattr__(self, "steps", ())
+
+
+def _product_of(steps: tuple[Reduction, ...]) -> torch.Tensor:
+    """The matrix [B, M, N] of reductions behind one another, all but the first of them spreads."""
+    first, *later = steps
+    spreads = [step for step in later if isinstance(step, Spread)]
+    assert len(spreads) == len(later) > 0
+    if not isinstance(first, Spread):
+        matrix_BMN = first.matrix()
+        for step in spreads:
+            matrix_BMN = step.apply(matrix_BMN)
+        return matrix_BMN
+    # From the end, where the fewest tokens are left.
+    matrix_BNM = spreads[-1]._dense().transpose(1, 2)
+    for step in (*reversed(spreads[:-1]), first):
+        matrix_BNM = step.before(matrix_BNM)
+    return matrix_BNM.transpose(1, 2)
 
 
 def spread(
