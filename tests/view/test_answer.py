@@ -62,6 +62,17 @@ def test_videos_of_every_family_are_answered_untouched_and_reduced(
     assert again.text == plain.text
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+def test_evidence_is_collected_unless_it_is_not_wanted(overlap: bool, tmp_path: Path) -> None:
+    model, processor = load_model(save_checkpoint("llava_onevision", tmp_path))
+    asked = (model, processor, Clip(frames(), fps=2), "what is in the video", "tome + evs")
+    options = {"retain": 0.5, "max_new_tokens": 2, "overlap": overlap, "chunk": 2}
+    drawn, bare = (ask(*asked, **options, evidence=wanted) for wanted in (True, False))
+    assert {"tome", "evs"} <= {noted.method for noted in drawn.report.items[0].evidence}
+    assert not bare.report.items[0].evidence
+    assert bare.text == drawn.text and bare.report.visual_after == drawn.report.visual_after
+
+
 @pytest.mark.parametrize("family", ["llava", "llava_onevision", "llava_next_video", "qwen2_5_vl"])
 def test_images_are_answered(family: str, tmp_path: Path) -> None:
     model, processor = load_model(save_checkpoint(family, tmp_path))

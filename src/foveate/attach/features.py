@@ -232,15 +232,17 @@ class FeatureWatch(OfOneModel):
         ]
 
     def _finish(self, record: FeatureRecord, arguments: Mapping[str, Any], output: Any) -> None:
+        # The maps are read later, when a watch that encodes ahead may have been given another one.
+        adapter = self.adapter
         features = getattr(output, "pooler_output", None)
         if features is None:
             features = output[1] if isinstance(output, tuple) and len(output) > 1 else output
-        grids = self.adapter.grids(self.model, record.modality, arguments, features)
+        grids = adapter.grids(self.model, record.modality, arguments, features)
         record.grids = grids
         given = (self.model, record.modality)
 
         def token_scores(score_P: torch.Tensor) -> list[torch.Tensor]:
-            return self.adapter.token_scores(*given, score_P, arguments, grids)
+            return adapter.token_scores(*given, score_P, arguments, grids)
 
         record.token_maps = token_scores
         for name, parts in record.scores.items():
@@ -253,12 +255,12 @@ class FeatureWatch(OfOneModel):
 
         @functools.cache
         def items(block: int) -> list[EncoderAttentionView]:
-            planes = self.adapter.encoder_planes(*given, arguments, grids)
+            planes = adapter.encoder_planes(*given, arguments, grids)
             return item_views(views[block], planes, grid_thw, token_scores)
 
         record.items = items
         record.pixels = functools.partial(
-            self.adapter.pixels, self.model, record.modality, arguments, record.grids
+            adapter.pixels, self.model, record.modality, arguments, record.grids
         )
         pending = getattr(self._local, "pending", {})
         self._local.pending = {**pending, record.modality: record}

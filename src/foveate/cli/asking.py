@@ -100,6 +100,8 @@ class Asking:
                     "progress": tell,
                     "overlap": self.overlap,
                     "chunk": self.chunk,
+                    # Only the page draws it, and it takes time before the first token.
+                    "evidence": self.output is not None,
                     **(self.budget if recipe is not None else {}),
                 }
                 asked = (model, processor, clip, self.question, recipe)

@@ -109,6 +109,7 @@ def ask(
     progress: Progress | None = None,
     overlap: bool | None = None,
     chunk: int = CHUNK,
+    evidence: bool = True,
     **arguments: Any,
 ) -> Answer:
     """Ask a model about a clip or picture, with or without a recipe on it.
@@ -138,6 +139,8 @@ def ask(
             two chunks, and family and recipe allow it with the same answer but for rounding (or,
             for "quickvideo", the answer of the published system).
         chunk: frames of such a chunk, and QuickVideo's group.
+        evidence: collect what the recipe's methods go by for the report's pictures, as in
+            `foveate.reduce`; the time for it counts to the first token.
         arguments: hyper-parameters of the recipe's methods.
 
     Returns:
@@ -185,6 +188,7 @@ def ask(
                 chunk=chunk,
                 progress=tell,
                 timeline=timeline,
+                evidence=evidence,
             )
             return _after_prefill(read, processor, max_new_tokens, on_text, tell)
         taken = _decoded(clip, index, plan, timeline, tell)
@@ -201,7 +205,7 @@ def ask(
         stack.enter_context(encode_spans(model, timeline, done))
         run = None
         if made is not None:
-            run = reduce(model, made, evidence=True, companion=companion, **budget)
+            run = reduce(model, made, evidence=evidence, companion=companion, **budget)
             stack.callback(run.remove)
             run.plans = [] if taken.plan is None else [taken.plan]
         tell("encode", 0, len(taken))
