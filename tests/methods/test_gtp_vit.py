@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 
 import foveate
+from foveate import ops
 from foveate.core import Budget, EncoderContext, Reduction, Tokens
 from foveate.methods.gtp_vit import (
     GTPViT,
+    Score,
     importance,
+    read_importance,
     semantic_graph,
     sparsified,
     spatial_graph,
@@ -71,6 +76,17 @@ def test_semantic_neighbours_are_the_nearest_others() -> None:
     assert (semantic_graph(image()[:, 1:], 99).sum(2) == 19).all()
 
 
+def test_equally_near_patches_are_neighbours_from_the_first_on() -> None:
+    x = torch.ones(2, 7, 4)
+    x[1, 0] = torch.tensor([1.0, 2, 3, 4])
+    graph_BPP = semantic_graph(x, 3)
+    assert [row.nonzero()[:, 0].tolist() for row in graph_BPP[0]] == [
+        [1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 1, 2], [0, 1, 2], [0, 1, 2], [0, 1, 2],
+    ]  # fmt: skip
+    assert graph_BPP[1, 6].nonzero()[:, 0].tolist() == [1, 2, 3]
+    assert semantic_graph(x[:, :1], 5).equal(torch.zeros(2, 1, 1))
+
+
 def test_the_mixed_graph_is_either() -> None:
     x = image()[:, 1:]
     spatial, semantic, mixed = (
@@ -114,6 +130,15 @@ def test_scores_by_hand(score: str) -> None:
         "diagonal": own,
     }[kind]
     torch.testing.assert_close(importance(attention, score, 1), expected[None, 1:])
+
+
+@pytest.mark.parametrize("score", get_args(Score)[:-1])
+@pytest.mark.parametrize("sized", [False, True])
+def test_scores_need_no_matrix(score: str, sized: bool) -> None:
+    q, k = torch.randn(2, 2, 3, 11, 4)
+    bias = torch.rand(2, 1, 1, 11).log() if sized else None
+    by_matrix = importance(ops.attention_matrix(q, k, bias), score, 1)
+    torch.testing.assert_close(read_importance(q, k, score, 1, bias), by_matrix)
 
 
 def test_tokens_that_look_where_all_look_are_unimportant_by_similarity() -> None:
@@ -176,8 +201,9 @@ def test_patches_may_come_in_any_order() -> None:
 
 def test_a_patch_without_neighbours_that_stay_disappears() -> None:
     x = image(3, 1)
-    reduction, state = one_block(GTPViT(alpha=0.5), x)
-    state = {**state, "graph": torch.zeros(1, 20, 20), "patches": 20}
+    reduction, _ = one_block(GTPViT(alpha=0.5), x)
+    place = torch.arange(20)[None]
+    state = {"graph": torch.zeros(1, 20, 20), "place": place, "patches": 20}
     heads = x.view(1, 21, 2, 4).transpose(1, 2)
     context = EncoderContext(
         Budget(tokens=17), num_prefix=1, plane=PLANE, state=state,

@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from foveate.ops import _columns as columns
-from foveate.ops import attention_column_sums, attention_rows, masked_softmax, received_attention
+from foveate.ops import (
+    attention_column_sums,
+    attention_matrix,
+    attention_received_and_kept,
+    attention_rows,
+    masked_softmax,
+    received_attention,
+)
 
 
 def naive(q, k, *, scale=None, causal=False, key_mask=None, attn_mask=None) -> Tensor:
@@ -252,3 +259,28 @@ def test_wrong_row_positions_and_query_mask():
         attention_rows(q, k, row_positions=torch.zeros(3, dtype=torch.long))
     with pytest.raises(ValueError, match="query_mask"):
         received_attention(q, k, query_mask=torch.ones(2, 3, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 7), (1, 2, 40), (3, 1, 33)])
+@pytest.mark.parametrize("elements", [2, 64, 2**12])
+@pytest.mark.parametrize("bias", ["none", "keys", "pairs"])
+def test_received_and_kept_are_those_of_the_matrix(shape, elements, bias, monkeypatch) -> None:
+    """Whatever the tiles: several images, single heads, or some rows of one."""
+    monkeypatch.setattr("foveate.ops._columns._TILE_ELEMENTS_CPU", elements)
+    B, H, N = shape
+    q, k = torch.randn(B, N, 2, H, 4).permute(2, 0, 3, 1, 4)
+    added = {
+        "none": None, "keys": torch.randn(B, 1, 1, N), "pairs": torch.randn(B, 1, N, N),
+    }[bias]  # fmt: skip
+    received, kept = attention_received_and_kept(q, k, added)
+    matrix = attention_matrix(q, k, added)
+    torch.testing.assert_close(received, matrix.sum(2))
+    torch.testing.assert_close(kept, matrix.diagonal(dim1=2, dim2=3))
+    half, _ = attention_received_and_kept(q.bfloat16(), k.bfloat16(), added)
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, matrix.sum(2), atol=0.1, rtol=0.1)
+
+
+def test_received_and_kept_need_square_attention() -> None:
+    with pytest.raises(ValueError, match="k must have shape"):
+        attention_received_and_kept(torch.randn(1, 2, 5, 4), torch.randn(1, 2, 6, 4))

@@ -56,12 +56,21 @@ def spatial_graph(rows: int, columns: int) -> torch.Tensor:
 
 
 def semantic_graph(x_BPC: torch.Tensor, neighbours: int) -> torch.Tensor:
-    """Every patch's most similar others by cosine, float32 [B, P, P], directed. O(P^2 C)."""
+    """Every patch's most similar others by cosine, float32 [B, P, P], directed. O(P^2 C).
+
+    Of equally similar ones the first.
+    """
     unit_BPC = normalize(x_BPC.float(), dim=-1)
     alike_BPP = unit_BPC @ unit_BPC.transpose(1, 2)
     alike_BPP.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
-    near_BPM = ops.top_k(alike_BPP, min(neighbours, alike_BPP.shape[-1] - 1))
-    return torch.zeros_like(alike_BPP).scatter_(2, near_BPM, 1.0)
+    num = min(neighbours, alike_BPP.shape[-1] - 1)
+    if num == 0:
+        return torch.zeros_like(alike_BPP)
+    # Whole rows in order, as `ops.top_k` has them, take longer than all of the graph else.
+    least_BP1 = alike_BPP.topk(num).values[..., -1:]
+    above_BPP, tied_BPP = alike_BPP > least_BP1, alike_BPP == least_BP1
+    free_BP1 = num - above_BPP.sum(2, keepdim=True)
+    return (above_BPP | (tied_BPP & (tied_BPP.cumsum(2) <= free_BP1))).float()
 
 
 def token_graph(
@@ -117,23 +126,51 @@ def importance(attention_BHNN: torch.Tensor, score: Score, prefix: int) -> torch
             "similarity": how little a token's row is like the others'.
         prefix: tokens in front of the patches.
     """
-    kind, _, join = score.partition("_")
-    if kind == "similarity":
+    if score == "similarity":
         unit_BNX = normalize(attention_BHNN.transpose(1, 2).flatten(2), dim=-1)
         return -(unit_BNX @ unit_BNX.sum(1)[..., None])[:, prefix:, 0]
+    if score.startswith("cls"):
+        return _over_heads(attention_BHNN[:, :, 0], score)[:, prefix:]
+    own_BHN = attention_BHNN.diagonal(dim1=2, dim2=3)
+    return _standing(attention_BHNN.sum(2), own_BHN, score)[:, prefix:]
 
-    def joined(value_BHN: torch.Tensor) -> torch.Tensor:
-        return value_BHN.amax(1) if join == "max" else value_BHN.mean(1)
 
-    if kind == "cls":
-        found_BN = joined(attention_BHNN[:, :, 0])
-    else:
-        own_BN = joined(attention_BHNN.diagonal(dim1=2, dim2=3))
-        received_BN = joined(attention_BHNN.sum(2))
-        found_BN = {"mixed": own_BN * received_BN, "received": received_BN, "diagonal": own_BN}[
-            kind
-        ]
-    return found_BN[:, prefix:]
+def _standing(received_BHN: torch.Tensor, own_BHN: torch.Tensor, score: Score) -> torch.Tensor:
+    """What tokens receive of all and keep of their own, as one number each, [B, N]."""
+    received_BN, own_BN = _over_heads(received_BHN, score), _over_heads(own_BHN, score)
+    if score.startswith("mixed"):
+        return own_BN * received_BN
+    return received_BN if score.startswith("received") else own_BN
+
+
+def _over_heads(value_BHN: torch.Tensor, score: Score) -> torch.Tensor:
+    return value_BHN.amax(1) if score.endswith("max") else value_BHN.mean(1)
+
+
+def read_importance(
+    q_BHNd: torch.Tensor,
+    k_BHNd: torch.Tensor,
+    score: Score,
+    prefix: int,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`importance` of the attention of queries and keys, of which the matrix is not kept.
+
+    O(H N^2 d), for the scores of "cls" O(H N d).
+
+    Example:
+        >>> q, k = torch.randn(2, 1, 3, 5, 8)
+        >>> by_matrix = importance(ops.attention_matrix(q, k), "mixed_max", 1)
+        >>> read_importance(q, k, "mixed_max", 1).allclose(by_matrix)
+        True
+    """
+    if score.startswith("cls"):
+        rows_BH1N = ops.attention_rows(q_BHNd[:, :, :1], k_BHNd, attn_mask=bias)
+        return _over_heads(rows_BH1N[:, :, 0], score)[:, prefix:]
+    if score == "similarity":
+        return importance(ops.attention_matrix(q_BHNd, k_BHNd, bias), score, prefix)
+    received_BHN, own_BHN = ops.attention_received_and_kept(q_BHNd, k_BHNd, bias)
+    return _standing(received_BHN, own_BHN, score)[:, prefix:]
 
 
 @dataclass(frozen=True)
@@ -268,13 +305,15 @@ class GTPViT(Method):
             )
         if share == 1 and self.score == "random":
             return None, None
+        size_BN = context.size_BN
+        bias = None if size_BN is None else size_BN[:, None, None].log()
         B, H, N, _ = q.shape
+        if share == 1 and self.score != "similarity":
+            return read_importance(q, k, self.score, context.num_prefix, bias), None
         outs, scores, step = [], [], max(1, _BYTES // max(H * N * N * 4, 1))
         for first in range(0, B, step):
             part = slice(first, first + step)
-            size_BN = None if context.size_BN is None else context.size_BN[part]
-            bias = None if size_BN is None else size_BN[:, None, None].log()
-            attention = ops.attention_matrix(q[part], k[part], bias)
+            attention = ops.attention_matrix(q[part], k[part], None if bias is None else bias[part])
             if share < 1:
                 attention = sparsified(attention, share)
                 outs.append(attention.to(v.dtype) @ v[part])
@@ -294,6 +333,8 @@ class GTPViT(Method):
                 state["patches"] = N - prefix
                 plane = self._plane(context, N - prefix)
                 state["graph"] = token_graph(x_BNC[:, prefix:], plane, self.graph, self.neighbours)
+                # Where in the graph the present patches are.
+                state["place"] = torch.arange(N - prefix, device=x_BNC.device).expand(B, -1)
             return None
         if "graph" not in state:
             raise ValueError("gtp_vit makes its graph before the first block, and was not asked.")
@@ -302,9 +343,10 @@ class GTPViT(Method):
         leaving = min(leaving, N - prefix - 1)
         if leaving <= 0:
             return None
-        if state["graph"].shape[1] != N - prefix:
+        place_Bn = state["place"]
+        if place_Bn.shape[1] != N - prefix:
             raise ValueError(
-                f"gtp_vit has a graph of {state['graph'].shape[1]} patches and {N - prefix} are "
+                f"gtp_vit has a graph of {place_Bn.shape[1]} patches and {N - prefix} are "
                 "here: no other method can shorten the encoder beside it."
             )
         score_BP = state["score"] if share < 1 else self._attend(context, share)[0]
@@ -316,9 +358,10 @@ class GTPViT(Method):
         context.note("importance", lambda: pad(score_BP, (prefix, 0), value=torch.nan))
         goes_Bn = torch.ones(B, N - prefix, dtype=torch.bool, device=x_BNC.device)
         gone_BR = goes_Bn.scatter_(1, kept_BK, False).nonzero()[:, 1].view(B, leaving)
-        graph_BKn = state["graph"].gather(1, kept_BK[..., None].expand(-1, -1, N - prefix))
-        weight_BKR = alpha * graph_BKn.gather(2, gone_BR[:, None].expand(-1, kept_BK.shape[1], -1))
-        state["graph"] = graph_BKn.gather(2, kept_BK[:, None].expand(-1, kept_BK.shape[1], -1))
+        state["place"] = place_BK = place_Bn.gather(1, kept_BK)
+        place_BR = place_Bn.gather(1, gone_BR)
+        image_B11 = torch.arange(B, device=x_BNC.device)[:, None, None]
+        weight_BKR = alpha * state["graph"][image_B11, place_BK[:, :, None], place_BR[:, None]]
         own_BP = torch.arange(prefix, device=x_BNC.device).expand(B, prefix)
         anchor_BM = torch.cat([own_BP, kept_BK + prefix], dim=1)
         weight_BMR = pad(weight_BKR, (0, 0, prefix, 0))

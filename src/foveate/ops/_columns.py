@@ -1,4 +1,4 @@
-"""The two ways to sum attention columns without storing the matrix: tiles, and a gradient.
+"""Ways to sum attention columns without storing the matrix: tiles, and a gradient.
 
 Legend of shape suffixes: B batch, H query heads (keys already repeated to them), N query rows,
 M keys, D channels of a head.
@@ -82,6 +82,32 @@ def chunked_columns(
         shares = weights_BHN[b, h, n] / logits.sum(-1).clamp_min_(tiny)
         columns_BHM[b, h, :last] += (shares.unsqueeze(-2) @ logits).squeeze(-2)
     return columns_BHM
+
+
+def columns_and_diagonal(
+    q_BHND: Tensor, k_BHND: Tensor, scale: float, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Column sums and diagonals [B, H, N] of square attention from cache-sized tiles of rows."""
+    q_BHND, keys_BHDN = widen(q_BHND), widen(k_BHND).transpose(-1, -2)
+    B, H, N, _ = q_BHND.shape
+    columns_BHN, diagonal_BHN = q_BHND.new_zeros(B, H, N), q_BHND.new_empty(B, H, N)
+    if bias is not None:
+        bias = bias.to(q_BHND.dtype).expand(B, H, -1, -1)
+    elements = _TILE_ELEMENTS_ACCELERATOR
+    if q_BHND.device.type == "cpu":
+        # Rows of one head stay together while the matrix of four tiles still fits a cache.
+        elements = max(_TILE_ELEMENTS_CPU // 2, min(N * N, 2 * _TILE_ELEMENTS_CPU))
+    none = q_BHND.new_zeros(())
+    for b, h, n in _tiles((B, H, N, N), N, elements):
+        q_XnD, keys_XDN = q_BHND[b, h, n].flatten(0, 1), keys_BHDN[b, h].flatten(0, 1)
+        logits_XnN = torch.baddbmm(none, q_XnD, keys_XDN, beta=0, alpha=scale)
+        logits = logits_XnN.unflatten(0, columns_BHN[b, h].shape[:2])
+        if bias is not None:
+            logits += bias[b, h] if bias.shape[2] == 1 else bias[b, h, n]
+        share = logits.softmax(-1)
+        columns_BHN[b, h] += share.sum(-2)
+        diagonal_BHN[b, h, n] = share[..., n].diagonal(dim1=-2, dim2=-1)
+    return columns_BHN, diagonal_BHN
 
 
 def _future(n: slice, N: int, M: int, last: int, device: torch.device) -> Tensor:

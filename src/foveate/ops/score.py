@@ -3,6 +3,7 @@
 from foveate.ops.attention import (
     attention_column_sums,
     attention_matrix,
+    attention_received_and_kept,
     attention_rows,
     masked_softmax,
     received_attention,
@@ -19,6 +20,7 @@ __all__ = [
     "adjacent_similarity",
     "attention_column_sums",
     "attention_matrix",
+    "attention_received_and_kept",
     "attention_rows",
     "cosine_similarity_matrix",
     "masked_softmax",
