@@ -162,6 +162,12 @@ class Cell:
         return found if isinstance(found, dict) else {}
 
     @property
+    def file_to_first_token(self) -> float | None:
+        """Seconds from a file to the first token: all stages but the rest of the answer."""
+        seconds = self.stage_seconds
+        return sum(seconds.values()) - seconds.get("answer", 0.0) if seconds else None
+
+    @property
     def visual_per_layer(self) -> float | None:
         """Visual tokens in a layer of the language model, mean over layers and questions.
 

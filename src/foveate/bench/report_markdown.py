@@ -88,14 +88,28 @@ def stage_table(results: BenchResult, shown: float) -> str:
     if not timed:
         return ""
     rows = [
-        [UNTOUCHED if cell.recipe == UNTOUCHED else shown_name(cell.recipe), *stage_figures(cell)]
+        [UNTOUCHED if cell.recipe == UNTOUCHED else shown_name(cell.recipe), *timed_figures(cell)]
         for cell in timed
     ]
     return (
         f"Time per question by stage, {text.budget(shown)} of the visual tokens kept: median over "
         "the timed questions, each with a clip that was opened anew.\n\n"
-        + table(["recipe", "sum", *TIMED_STAGES], rows)
+        + table(["recipe", *TIMED_HEADS], rows)
     )
+
+
+#: Heads of `timed_figures`.
+TIMED_HEADS = ("sum", "to the first token", *TIMED_STAGES)
+
+
+def timed_figures(cell: Cell) -> list[str]:
+    """The sum, what lies before the first token, and every stage, in one unit."""
+    whole, *stages = stage_figures(cell)
+    return [
+        whole,
+        text.duration(cell.file_to_first_token, sum(cell.stage_seconds.values())),
+        *stages,
+    ]
 
 
 def stage_figures(cell: Cell) -> list[str]:

@@ -9,7 +9,7 @@ from html import escape
 
 from foveate.bench import report_text as text
 from foveate.bench.cells import Cell
-from foveate.bench.report_markdown import stage_figures
+from foveate.bench.report_markdown import TIMED_HEADS, timed_figures
 from foveate.bench.report_tables import Styles, heads, html_table, per_budget, who
 from foveate.bench.results import BenchResult
 from foveate.core.timeline import TIMED_STAGES
@@ -44,11 +44,11 @@ def _bars_at(results: BenchResult, styles: Styles, budget: float) -> str:
     for cell in sorted(timed, key=lambda cell: sum(cell.stage_seconds.values())):
         style = styles.get(cell.recipe)
         number = f' class="s{style.number}"' if style else ' class="base"'
-        figures = "".join(f"<td>{figure}</td>" for figure in stage_figures(cell))
+        figures = "".join(f"<td>{figure}</td>" for figure in timed_figures(cell))
         rows.append(
             f"<tr{number}>{who(cell.recipe, style)}<td>{_bar(cell, longest)}</td>{figures}</tr>"
         )
-    return html_table(heads("<recipe", "<", "sum", *TIMED_STAGES), "".join(rows))
+    return html_table(heads("<recipe", "<", *TIMED_HEADS), "".join(rows))
 
 
 def _bar(cell: Cell, longest: float) -> str:
