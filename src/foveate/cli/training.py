@@ -25,6 +25,18 @@ train_app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        "--threads",
+        help="Threads of the CPU; default: torch's own choice.",
+        min=1,
+        show_default=False,
+    ),
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with a training that was begun in --out.")
+]
 #: How to go on, said when a training is interrupted.
 _RESUME = (
     "interrupted: go on from the last checkpoint in {folder} with the same command and --resume"
@@ -58,21 +70,11 @@ def embedded_command(
             show_default=False,
         ),
     ] = None,
-    threads: Annotated[
-        int | None,
-        typer.Option(
-            "--threads",
-            help="Threads of the CPU that train; default: torch's own choice.",
-            min=1,
-            show_default=False,
-        ),
-    ] = None,
+    threads: Threads = None,
     clips: Annotated[
         int, typer.Option("--clips", help="Held-out clips of the final evaluation.", min=1)
     ] = 1024,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with a training that was begun in --out.")
-    ] = False,
+    resume: Resume = False,
     as_json: Json = False,
 ) -> None:
     """Train the small video LLM that answers when no model is named."""

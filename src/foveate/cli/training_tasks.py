@@ -12,7 +12,15 @@ from rich.table import Table
 
 from foveate.cli.options import Device, Json, checked_device
 from foveate.cli.output import command, out, print_json, quiet
-from foveate.cli.training import clock, cpu_settings, run_training, stages, train_app
+from foveate.cli.training import (
+    Resume,
+    Threads,
+    clock,
+    cpu_settings,
+    run_training,
+    stages,
+    train_app,
+)
 
 __all__ = ["train_app"]
 
@@ -43,18 +51,8 @@ def _add(name: str, summary: str) -> None:
         workers: Annotated[
             int, typer.Option("--workers", help="Processes that make batches ahead.", min=0)
         ] = 0,
-        threads: Annotated[
-            int | None,
-            typer.Option(
-                "--threads",
-                help="Threads of the CPU that train; default: torch's own choice.",
-                min=1,
-                show_default=False,
-            ),
-        ] = None,
-        resume: Annotated[
-            bool, typer.Option("--resume", help="Go on with a training that was begun in --out.")
-        ] = False,
+        threads: Threads = None,
+        resume: Resume = False,
         as_json: Json = False,
     ) -> None:
         from foveate.training import TaskTraining, make_task
@@ -80,10 +78,7 @@ def _add(name: str, summary: str) -> None:
 def measure_command(
     folder: Annotated[Path, typer.Argument(help="Folder of a finished task.")],
     device: Device = "auto",
-    threads: Annotated[
-        int | None,
-        typer.Option("--threads", help="Threads of the CPU.", min=1, show_default=False),
-    ] = None,
+    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Measure the methods on a finished task once more, and renew its card."""

@@ -18,11 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import foveate
-from foveate.core.hardware import hardware
 from foveate.training.data import AnswerBatches, TowerBatches, batches
 from foveate.training.dense import DenseHeads
 from foveate.training.evaluate import VIEWS, summary, world_accuracy
-from foveate.training.folder import claim, publish, thinned, version_note
+from foveate.training.folder import claim, provenance, publish, stage_facts, version_note
 from foveate.training.loop import Run, Tell, make_optimisers
 from foveate.training.model import build_model, save_pretrained
 from foveate.training.packing import frame_tokens, join_frames, packed_hidden
@@ -200,18 +199,8 @@ class EmbeddedTraining:
             "seed": self.seed,
             "parameters": sum(p.numel() for p in model.parameters()),
             "visual_tokens": self.size.visual_tokens,
-            "hardware": hardware(self.device),
-            "torch": torch.__version__,
-            "date": time.strftime("%Y-%m-%d"),
-            "stages": {
-                run.name: {
-                    "steps": run.stage.steps,
-                    "clips": run.stage.steps * run.stage.clips,
-                    "seconds": round(run.seconds, 1),
-                    "curve": thinned(run.history),
-                }
-                for run in runs
-            },
+            **provenance(self.device),
+            "stages": stage_facts(runs, "clips"),
             "test": {
                 "split": "test",
                 "clips": self.clips,

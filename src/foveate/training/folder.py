@@ -9,12 +9,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import foveate
+from foveate.core.hardware import hardware
+from foveate.training.loop import Run
 
 STATE = "training.json"
 WEIGHTS = "model.safetensors"
@@ -115,6 +120,28 @@ def differing(begun: dict[str, Any], settings: dict[str, Any], name: str = "") -
         elif was != now:
             found.append(f"{path} was {was}, is {now}")
     return "; ".join(part for part in found if part)
+
+
+def provenance(device: str) -> dict[str, Any]:
+    """With what and on what a model was trained, and when."""
+    return {
+        "hardware": hardware(device),
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def stage_facts(runs: Iterable[Run], unit: str) -> dict[str, dict[str, Any]]:
+    """Steps, units seen, seconds and curve of every stage, for a card."""
+    return {
+        run.name: {
+            "steps": run.stage.steps,
+            unit: run.stage.steps * run.stage.clips,
+            "seconds": round(run.seconds, 1),
+            "curve": thinned(run.history),
+        }
+        for run in runs
+    }
 
 
 def thinned(history: list[dict[str, float]], points: int = 40) -> list[dict[str, float]]:

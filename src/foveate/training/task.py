@@ -21,9 +21,16 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import foveate
-from foveate.core.hardware import hardware
 from foveate.training.data import batches
-from foveate.training.folder import CARD, WEIGHTS, claim, publish, thinned, version_note
+from foveate.training.folder import (
+    CARD,
+    WEIGHTS,
+    claim,
+    provenance,
+    publish,
+    stage_facts,
+    version_note,
+)
 from foveate.training.loop import Run, Tell, make_optimisers
 from foveate.training.sizes import Stage
 
@@ -238,18 +245,8 @@ class TaskTraining:
                 name: sum(p.numel() for p in module.parameters())
                 for name, module in modules.items()
             },
-            "hardware": hardware(self.device),
-            "torch": torch.__version__,
-            "date": time.strftime("%Y-%m-%d"),
-            "stages": {
-                run.name: {
-                    "steps": run.stage.steps,
-                    "samples": run.stage.steps * run.stage.clips,
-                    "seconds": round(run.seconds, 1),
-                    "curve": thinned(run.history),
-                }
-                for run in runs
-            },
+            **provenance(self.device),
+            "stages": stage_facts(runs, "samples"),
             "outcomes": [asdict(outcome) for outcome in outcomes],
             "evaluation_seconds": round(time.perf_counter() - began, 1),
         }
