@@ -281,6 +281,21 @@ def test_received_and_kept_are_those_of_the_matrix(shape, elements, bias, monkey
     torch.testing.assert_close(half, matrix.sum(2), atol=0.1, rtol=0.1)
 
 
+@pytest.mark.parametrize("elements", [2, 64, 2**12])
+def test_the_matrix_is_that_of_the_rows(elements, monkeypatch) -> None:
+    monkeypatch.setattr("foveate.ops._columns._TILE_ELEMENTS_CPU", elements)
+    q, k, bias = torch.randn(2, 3, 9, 4), torch.randn(2, 3, 13, 4), torch.randn(2, 1, 1, 13)
+    expected = attention_rows(q, k, attn_mask=bias)
+    torch.testing.assert_close(attention_matrix(q, k, bias), expected)
+    room = torch.zeros(3, 3, 9, 13)
+    written = attention_matrix(q, k, bias, out=room[:2])
+    assert written.data_ptr() == room.data_ptr() and room[2].abs().sum() == 0
+    torch.testing.assert_close(room[:2], expected)
+    assert attention_matrix(q.double(), k.double()).dtype == torch.float64
+    with pytest.raises(ValueError, match="k must have shape"):
+        attention_matrix(q, k[:, :2])
+
+
 def test_received_and_kept_need_square_attention() -> None:
     with pytest.raises(ValueError, match="k must have shape"):
         attention_received_and_kept(torch.randn(1, 2, 5, 4), torch.randn(1, 2, 6, 4))

@@ -50,9 +50,11 @@ def spatial_graph(rows: int, columns: int) -> torch.Tensor:
         >>> spatial_graph(2, 3).sum(1).tolist()
         [3.0, 5.0, 3.0, 3.0, 5.0, 3.0]
     """
-    place_P2 = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
-    distance_PP = (place_P2[:, None] - place_P2).abs().amax(-1)
-    return (distance_PP == 1).float()
+    near_RR, near_CC = (
+        (torch.arange(num)[:, None] - torch.arange(num)).abs() <= 1 for num in (rows, columns)
+    )
+    near_RCRC = near_RR[:, None, :, None] & near_CC[:, None]
+    return near_RCRC.reshape(rows * columns, -1).float().fill_diagonal_(0)
 
 
 def semantic_graph(x_BPC: torch.Tensor, neighbours: int) -> torch.Tensor:
@@ -66,8 +68,11 @@ def semantic_graph(x_BPC: torch.Tensor, neighbours: int) -> torch.Tensor:
     num = min(neighbours, alike_BPP.shape[-1] - 1)
     if num == 0:
         return torch.zeros_like(alike_BPP)
-    # Whole rows in order, as `ops.top_k` has them, take longer than all of the graph else.
-    least_BP1 = alike_BPP.topk(num).values[..., -1:]
+    # Whole rows in order, as `ops.top_k` has them, would take longer than all else of the graph.
+    value_BPk = alike_BPP.topk(min(num + 1, alike_BPP.shape[-1])).values
+    least_BP1 = value_BPk[..., num - 1 : num]
+    if alike_BPP.device.type == "cpu" and not bool((value_BPk[..., num:] == least_BP1).any()):
+        return (alike_BPP >= least_BP1).float()
     above_BPP, tied_BPP = alike_BPP > least_BP1, alike_BPP == least_BP1
     free_BP1 = num - above_BPP.sum(2, keepdim=True)
     return (above_BPP | (tied_BPP & (tied_BPP.cumsum(2) <= free_BP1))).float()

@@ -84,27 +84,39 @@ def chunked_columns(
     return columns_BHM
 
 
-def columns_and_diagonal(
-    q_BHND: Tensor, k_BHND: Tensor, scale: float, bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Column sums and diagonals [B, H, N] of square attention from cache-sized tiles of rows."""
-    q_BHND, keys_BHDN = widen(q_BHND), widen(k_BHND).transpose(-1, -2)
-    B, H, N, _ = q_BHND.shape
-    columns_BHN, diagonal_BHN = q_BHND.new_zeros(B, H, N), q_BHND.new_empty(B, H, N)
+def matrix_tiles(
+    q_BHND: Tensor, k_BHMD: Tensor, scale: float, bias: Tensor | None
+) -> Iterator[tuple[tuple[slice, slice, slice], Tensor]]:
+    """Cache-sized tiles of attention with their places: (samples, heads, rows), [b, h, n, M].
+
+    `bias` is added to the scaled logits.
+    """
+    q_BHND, keys_BHDM = widen(q_BHND), widen(k_BHMD).transpose(-1, -2)
+    (B, H, N, _), M = q_BHND.shape, keys_BHDM.shape[3]
     if bias is not None:
         bias = bias.to(q_BHND.dtype).expand(B, H, -1, -1)
     elements = _TILE_ELEMENTS_ACCELERATOR
     if q_BHND.device.type == "cpu":
-        # Rows of one head stay together while the matrix of four tiles still fits a cache.
-        elements = max(_TILE_ELEMENTS_CPU // 2, min(N * N, 2 * _TILE_ELEMENTS_CPU))
+        # A head is cut only where it leaves no cache for anything else.
+        elements = max(_TILE_ELEMENTS_CPU // 2, min(N * M, 2 * _TILE_ELEMENTS_CPU))
     none = q_BHND.new_zeros(())
-    for b, h, n in _tiles((B, H, N, N), N, elements):
-        q_XnD, keys_XDN = q_BHND[b, h, n].flatten(0, 1), keys_BHDN[b, h].flatten(0, 1)
-        logits_XnN = torch.baddbmm(none, q_XnD, keys_XDN, beta=0, alpha=scale)
-        logits = logits_XnN.unflatten(0, columns_BHN[b, h].shape[:2])
+    for b, h, n in _tiles((B, H, N, M), max(N, 1), elements):
+        q_bhnD = q_BHND[b, h, n]
+        logits = torch.baddbmm(
+            none, q_bhnD.flatten(0, 1), keys_BHDM[b, h].flatten(0, 1), beta=0, alpha=scale
+        ).unflatten(0, q_bhnD.shape[:2])
         if bias is not None:
             logits += bias[b, h] if bias.shape[2] == 1 else bias[b, h, n]
-        share = logits.softmax(-1)
+        yield (b, h, n), logits.softmax(-1)
+
+
+def columns_and_diagonal(
+    q_BHND: Tensor, k_BHND: Tensor, scale: float, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Column sums and diagonals [B, H, N] of square attention."""
+    columns_BHN = widen(q_BHND.new_zeros(q_BHND.shape[:3]))
+    diagonal_BHN = torch.empty_like(columns_BHN)
+    for (b, h, n), share in matrix_tiles(q_BHND, k_BHND, scale, bias):
         columns_BHN[b, h] += share.sum(-2)
         diagonal_BHN[b, h, n] = share[..., n].diagonal(dim1=-2, dim2=-1)
     return columns_BHN, diagonal_BHN

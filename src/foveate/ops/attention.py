@@ -20,8 +20,9 @@ from foveate.ops._columns import (
     backward_columns,
     chunked_columns,
     columns_and_diagonal,
+    matrix_tiles,
 )
-from foveate.ops._common import full_precision, require_dims, require_shape, widen
+from foveate.ops._common import compute_dtype, full_precision, require_dims, require_shape, widen
 
 Reduce = Literal["mean", "sum", "none"]
 Backend = Literal["auto", "chunked", "backward"]
@@ -222,31 +223,41 @@ def attention_rows(
         return masked_softmax(logits_BHRM)
 
 
-def attention_matrix(q_BHND: Tensor, k_BHMD: Tensor, bias: Tensor | None = None) -> Tensor:
+def attention_matrix(
+    q_BHND: Tensor, k_BHMD: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None
+) -> Tensor:
     """All attention of one layer, for methods that need the whole matrix.
 
-    Half the time of `attention_rows`, without its masks. O(B H N M D) time, O(B H N M) memory: call
-    it for a few images at a time.
+    A third of the time of `attention_rows`, without its masks and gradients. O(B H N M D) time,
+    O(B H N M) memory: call it for a few images at a time.
 
     Args:
         q_BHND: queries [B, H, N, D].
         k_BHMD: keys [B, H, M, D].
         bias: added to the scaled logits, broadcastable to [B, H, N, M]; every row needs a key.
+        out: where to write it. New memory of some 10 MiB costs as much time as what is computed.
 
     Returns:
         [B, H, N, M] in float32 (float64 for float64 input).
+
+    Raises:
+        ValueError: shapes do not fit.
 
     Example:
         >>> q, k = torch.randn(2, 1, 3, 5, 8)
         >>> attention_matrix(q, k).allclose(attention_rows(q, k), atol=1e-6)
         True
     """
-    with full_precision(q_BHND.device):
-        query_BHND = widen(q_BHND) * q_BHND.shape[-1] ** -0.5
-        logits_BHNM = query_BHND @ widen(k_BHMD).transpose(-1, -2)
-        if bias is not None:
-            logits_BHNM += bias
-        return logits_BHNM.softmax(-1)
+    require_dims(q_BHND, 4, "q", "[B, H, N, D]")
+    B, H, N, D = q_BHND.shape
+    require_shape(k_BHMD, (B, H, k_BHMD.shape[2], D), "k")
+    if out is None:
+        shape = (B, H, N, k_BHMD.shape[2])
+        out = torch.empty(shape, dtype=compute_dtype(q_BHND.dtype), device=q_BHND.device)
+    with torch.no_grad(), full_precision(q_BHND.device):
+        for at, share in matrix_tiles(q_BHND, k_BHMD, D**-0.5, bias):
+            out[at] = share
+    return out
 
 
 def attention_received_and_kept(
