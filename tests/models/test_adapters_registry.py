@@ -59,11 +59,13 @@ def vip_llava() -> nn.Module:
 
 #: They have tests of their own: test_backbones.py here and test_backbone_methods.py.
 BACKBONES = ("mixste", "vision_mamba", "vis4mer")
+#: Likewise: test_timm_encoders.py.
+OTHERS = ("timm",)
 
 
 def test_all_families_are_listed_and_tested() -> None:
     assert list_families() == tuple(
-        sorted({*TINY_FAMILIES, *TINY_ENCODERS, *BACKBONES} - {"dinov2_with_registers"})
+        sorted({*TINY_FAMILIES, *TINY_ENCODERS, *BACKBONES, *OTHERS} - {"dinov2_with_registers"})
     )
     for family, entry in ADAPTERS.items():
         adapter = registry._resolve(entry.target)

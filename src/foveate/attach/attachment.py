@@ -280,7 +280,7 @@ class Attachment(OfOneModel):
             costs.encoder_alone(self.report, run)
             self._encoder_reduction, self._dense = run.reduction, run.dense
 
-        costs = CostModel(self.model, has_text=False)
+        costs = CostModel(self.model, has_text=False, vision=adapter.dims)
 
         stage = self._encoder_stage(tower, restore, finished)
         stage.install(self._handles)

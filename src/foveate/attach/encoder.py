@@ -26,6 +26,7 @@ from torch import nn
 from foveate.attach.encoder_attention import outside_reader, rewrite_hook, rewriting, size_hook
 from foveate.attach.encoder_joining import join_frames, joins, note_front
 from foveate.attach.encoder_lora import lora_handles
+from foveate.attach.encoder_pool import PooledTokens, refusing
 from foveate.attach.encoder_run import (
     EncoderRun,
     acts_at,
@@ -103,7 +104,8 @@ class EncoderStage(OfOneModel):
                 "with windows and rotary positions; encoder-stage methods need one sequence per "
                 'image. Use the projector or decoder stage here, e.g. "divprune".'
             )
-        implementation = str(getattr(tower.module.config, "_attn_implementation", ""))
+        config = getattr(tower.module, "config", None)
+        implementation = str(getattr(config, "_attn_implementation", ""))
         self.flash = implementation if "flash" in implementation else ""
         if self.flash and any(map(_is_proportional, steps)):
             raise AttachmentError(
@@ -142,8 +144,13 @@ class EncoderStage(OfOneModel):
     def install(self, handles: list[Any]) -> None:
         """Register all hooks, adding them to `handles`."""
         tower = self.tower
-        handles.append(tower.module.register_forward_pre_hook(self._start, with_kwargs=True))
-        handles.append(tower.module.register_forward_hook(self._finish, always_call=True))
+        start, end = tower.start or tower.module, tower.end or tower.module
+        handles.append(start.register_forward_pre_hook(self._start, with_kwargs=True))
+        if tower.pool is not None:
+            PooledTokens(tower.pool, end, lambda: self.run).install(handles)
+        for module in dict.fromkeys((end, tower.module)):
+            handles.append(module.register_forward_hook(self._finish, always_call=True))
+        handles += [refusing(tower.module, name, self._is_active) for name in tower.refuses]
         for index, block in enumerate(tower.blocks):
             handles.append(
                 block.register_forward_pre_hook(self._before_block(index), with_kwargs=True)
@@ -171,9 +178,12 @@ class EncoderStage(OfOneModel):
             # Ahead of the hooks with which transformers records hidden states.
             handles.append(block.register_forward_hook(self._after_block(index), prepend=True))
 
+    def _is_active(self) -> bool:
+        return any(not self.budget(index).is_full for index, _ in (*self.gates, *self.steps))
+
     def _start(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        active = any(not self.budget(index).is_full for index, _ in (*self.gates, *self.steps))
-        self._local.run = run = EncoderRun(num_prefix=self.tower.num_prefix) if active else None
+        prefix, active = self.tower.num_prefix, self._is_active()
+        self._local.run = run = EncoderRun(num_prefix=prefix) if active else None
         if run is not None:
             run.plane = plane_of(args, kwargs, self.tower.patch_size)
             if self.gates:

@@ -21,6 +21,9 @@ from foveate.core.method import overrides
 from foveate.errors import AttachmentError
 from foveate.models.tower import VisionTower
 
+#: What attention modules call the mask that is added to their logits: in transformers, in timm.
+MASKS = ("attention_mask", "attn_mask")
+
 
 def rewriting(steps: list[tuple[int, Method]]) -> list[tuple[int, Method]]:
     """The steps that compute attention themselves."""
@@ -84,7 +87,8 @@ def size_hook(
         flash: name of a kernel that takes no mask, empty for others.
     """
     accepted = list(inspect.signature(attention.forward).parameters)
-    position = accepted.index("attention_mask") if "attention_mask" in accepted else None
+    mask = next((name for name in MASKS if name in accepted), "")
+    position = accepted.index(mask) if mask else None
 
     def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         x_BND = args[0] if args else kwargs["hidden_states"]
@@ -93,9 +97,9 @@ def size_hook(
             return None
         if position is None:
             raise AttachmentError(
-                f"{type(module).__name__} takes no attention mask in this release of "
-                "transformers, so merged tokens cannot weigh more in attention and images "
-                "cannot differ in length: upgrade transformers, or pass prop_attn=False (tome) "
+                f"{type(module).__name__} takes no attention mask in this release of its "
+                "library, so merged tokens cannot weigh more in attention and images "
+                "cannot differ in length: upgrade it, or pass prop_attn=False (tome) "
                 "or batch_max=True (flowcut)."
             )
         if flash:
@@ -107,8 +111,8 @@ def size_hook(
         if position < len(args):
             _refuse_mask(args[position])
             return (*args[:position], added, *args[position + 1 :]), kwargs
-        _refuse_mask(kwargs.get("attention_mask"))
-        return args, {**kwargs, "attention_mask": added}
+        _refuse_mask(kwargs.get(mask))
+        return args, {**kwargs, mask: added}
 
     return hook
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
@@ -11,6 +11,7 @@ from foveate.attach.encoder import EncoderRun
 from foveate.attach.features import FeatureRecord
 from foveate.core import Budget, Recipe, Report, Stage, StageReport
 from foveate.core.flops import (
+    EncoderDims,
     FlopsBreakdown,
     encoder_flops,
     encoder_segments,
@@ -64,10 +65,15 @@ class CostModel:
     A model whose dimensions cannot be read gets a note instead of figures.
     """
 
-    def __init__(self, model: nn.Module, has_text: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        has_text: bool,
+        vision: Callable[[nn.Module], EncoderDims] = vision_dims,
+    ) -> None:
         self.reason = ""
         try:
-            self.vision = vision_dims(model)
+            self.vision = vision(model)
             self.text = text_dims(model) if has_text else None
             self.projector = projector_dims(model) if has_text else None
         except ValueError as error:

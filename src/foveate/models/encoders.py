@@ -9,7 +9,9 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from foveate.core.dims import EncoderDims
 from foveate.core.grid import Grid, Plane
+from foveate.models.dims import vision_dims
 from foveate.models.llava import patch_grid
 from foveate.models.maps import stretch_each
 from foveate.models.tower import VisionTower, build_tower
@@ -37,6 +39,14 @@ class EncoderAdapter:
             if isinstance(inner := model._modules.get(name), nn.Module):
                 return self.tower(inner)
         return build_tower(model)
+
+    def dims(self, model: nn.Module) -> EncoderDims:
+        """What the encoder's FLOPs depend on.
+
+        Raises:
+            ValueError: a dimension cannot be read, or there is something that no rule counts.
+        """
+        return vision_dims(model)
 
     def grid(self, model: nn.Module, pixel_values: Tensor) -> Grid:
         """The grid of each of the images [B, 3, h, w]; [CLS] and the like are its prefix."""

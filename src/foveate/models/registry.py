@@ -46,6 +46,7 @@ _ADAPTERS: dict[str, AdapterEntry] = {
     "deit": _entry("encoders:DeiTAdapter", "deit"),
     "dinov2": _entry("encoders:Dinov2Adapter", "dinov2", "dinov2_with_registers"),
     "clip": _entry("encoders:CLIPAdapter", "clip", "clip_vision_model"),
+    "timm": _entry("timm_encoders:TimmAdapter", "timm_wrapper"),
     "mixste": _entry("backbone_adapters:MixSTEAdapter", "mixste"),
     "vision_mamba": _entry("backbone_adapters:VisionMambaAdapter", "vision_mamba"),
     "vis4mer": _entry("backbone_adapters:ViS4merAdapter", "vis4mer"),
@@ -118,12 +119,14 @@ def list_families() -> tuple[str, ...]:
 
 
 def adapter_for(model: Any) -> Adapter | EncoderAdapter:
-    """The adapter that serves a model, chosen by `model.config.model_type`.
+    """The adapter that serves a model, chosen by `model.config.model_type`, or as timm's.
 
     Raises:
         UnknownModelError: no adapter serves it.
     """
     model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type is None and _is_timm(model):
+        model_type = "timm_wrapper"
     entry = _find(model_type)
     if entry is None:
         _load_entry_points()
@@ -135,6 +138,16 @@ def adapter_for(model: Any) -> Adapter | EncoderAdapter:
             'docs/adapters.md, "Write an adapter in ten lines".'
         )
     return _resolve(entry.target)()
+
+
+def _is_timm(model: Any) -> bool:
+    """Whether a model is timm's, or has what a VisionTransformer there has."""
+    classes = type(model).__mro__
+    if any(cls.__module__.split(".")[0] == "timm" for cls in classes):
+        return True
+    parts = ("patch_embed", "blocks", "num_prefix_tokens", "forward_features", "forward_head")
+    is_vit = any(cls.__name__ == "VisionTransformer" for cls in classes)
+    return is_vit and all(hasattr(model, name) for name in parts)
 
 
 def _find(model_type: str | None) -> AdapterEntry | None:

@@ -11,9 +11,25 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from foveate.errors import UnsupportedModelError
 from foveate.models.rotary import rotate
+
+
+@dataclass(frozen=True, eq=False)
+class TokenPool:
+    """A head that makes one vector of all tokens an encoder gives.
+
+    Args:
+        module: its input is that vector.
+        first: tokens in front of those that it is made of.
+        is_mean: it is their mean; otherwise something else of them.
+    """
+
+    module: nn.Module
+    first: int
+    is_mean: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +61,12 @@ class VisionTower:
         attention_inputs: the norm of each block in front of its attention; none: not known.
         projections: per block, the modules that make keys and values of what that norm gives, one
             after the other, under "k" and "v".
+        head_norms: per block, norms of the "q" and "k" of one head that "qkv" gives; none: no norm.
+        start: gets the pixels where `module` may be left out, its methods being called by
+            themselves; None: `module`.
+        end: runs behind the last block, likewise.
+        refuses: names of methods of `module` that expect full length between the blocks.
+        pool: the head behind the encoder, where it is known to make one vector of all tokens.
     """
 
     module: nn.Module
@@ -64,6 +86,11 @@ class VisionTower:
     patch_size: tuple[int, int]
     attention_inputs: tuple[nn.Module, ...] = field(default=(), repr=False)
     projections: tuple[Mapping[str, tuple[nn.Module, ...]], ...] = field(default=(), repr=False)
+    head_norms: tuple[Mapping[str, nn.Module], ...] = field(default=(), repr=False)
+    start: nn.Module | None = field(default=None, repr=False)
+    end: nn.Module | None = field(default=None, repr=False)
+    refuses: tuple[str, ...] = ()
+    pool: TokenPool | None = field(default=None, repr=False)
 
     def qk_taps(self, block: int) -> dict[str, nn.Module]:
         """The modules of a block whose forward outputs `assemble_qk` takes, by name."""
@@ -103,6 +130,9 @@ class VisionTower:
         if "qkv" in self.taps[block]:
             parts = captured["qkv"].unflatten(-1, (3, self.num_heads, self.head_dim))
             q, k, _ = parts.unbind(-3)
+            if self.head_norms:
+                norms = self.head_norms[block]
+                q, k = norms["q"].forward(q), norms["k"].forward(k)
         else:
             q, k = (self._split_heads(captured[name]) for name in ("q", "k"))
         if not self.packed:
@@ -144,6 +174,8 @@ class VisionTower:
                 "values of single tokens."
             )
         y_BNC = self.attention_inputs[block].forward(x_BNC)
+        if "qkv" in self.taps[block]:
+            return self._fused_keys_values(block, y_BNC)
         found = []
         for name in "kv":
             made = y_BNC
@@ -151,6 +183,18 @@ class VisionTower:
                 made = module.forward(made)
             found.append(self._split_heads(made).transpose(1, 2))
         return found[0], found[1]
+
+    def _fused_keys_values(self, block: int, y_BNC: Tensor) -> tuple[Tensor, Tensor]:
+        qkv, width = self.taps[block]["qkv"], self.num_heads * self.head_dim
+        if type(qkv) is nn.Linear:  # what adapters put in its place has no rows to leave out
+            bias = None if qkv.bias is None else qkv.bias[width:]
+            made = linear(y_BNC, qkv.weight[width:], bias)
+        else:
+            made = qkv.forward(y_BNC)[..., width:]
+        k, v = made.unflatten(-1, (2, self.num_heads, self.head_dim)).unbind(-3)
+        if self.head_norms:
+            k = self.head_norms[block]["k"].forward(k)
+        return k.transpose(1, 2), v.transpose(1, 2)
 
     def segments(self, block: int, attention_kwargs: Mapping[str, Any]) -> Tensor | None:
         """Boundaries [segments + 1] of the tokens that attend to each other in `block`.
@@ -180,6 +224,7 @@ class VisionLayout:
         attention_input: path of the norm in front of the attention below a block.
         key_value: name -> paths of the modules that make "k" and "v" of what that norm gives, one
             after the other; None: those of `taps`.
+        head_norms: "q" and "k" -> path below a block of the norm of one head that "qkv" gives.
         gain: name of a parameter of the block that scales the MLP branch.
         prefix: tokens before the patches.
         registers: name of a config field with the number of register tokens, added to `prefix`.
@@ -195,6 +240,7 @@ class VisionLayout:
     attention_output: tuple[str, ...]
     attention_input: str | None = None
     key_value: Mapping[str, tuple[str, ...]] | None = None
+    head_norms: Mapping[str, str] | None = None
     gain: str | None = None
     prefix: int = 0
     registers: str | None = None
@@ -299,10 +345,40 @@ def build_tower(
             f"foveate does not know; known are {', '.join(VISION_LAYOUTS)}."
         )
     spec = VISION_LAYOUTS[name]
+    registers = getattr(config, spec.registers) if spec.registers else 0
+    return lay_out(
+        module,
+        spec,
+        num_prefix=spec.prefix + registers,
+        patch_size=pair(config.patch_size),
+        feature_layer=feature_layer,
+    )
+
+
+def lay_out(
+    module: nn.Module,
+    spec: VisionLayout,
+    *,
+    num_prefix: int,
+    patch_size: tuple[int, int],
+    feature_layer: int | list[int] = -1,
+) -> VisionTower:
+    """Describe a vision encoder of a known layout.
+
+    Args:
+        module: the encoder.
+        spec: where its parts are.
+        num_prefix: tokens before the patches.
+        patch_size: (height, width) of a patch in pixels.
+        feature_layer: as in `build_tower`.
+
+    Raises:
+        UnsupportedModelError: a part is missing.
+    """
     blocks = tuple(_resolve(module, spec.blocks).children())
     attentions = tuple(_resolve(block, (spec.attention,)) for block in blocks)
     heads, head_dim = _head_shape(attentions[0])
-    registers = getattr(config, spec.registers) if spec.registers else 0
+    norms = spec.head_norms
     return VisionTower(
         module=module,
         blocks=blocks,
@@ -316,15 +392,20 @@ def build_tower(
         attention_outputs=tuple(_resolve(block, spec.attention_output) for block in blocks),
         num_heads=heads,
         head_dim=head_dim,
-        num_prefix=spec.prefix + registers,
+        num_prefix=num_prefix,
         has_cls=spec.has_cls,
         packed=spec.packed,
         feature_block=_feature_block(feature_layer, len(blocks)),
-        patch_size=pair(config.patch_size),
+        patch_size=patch_size,
         attention_inputs=tuple(_resolve(block, (spec.attention_input,)) for block in blocks)
         if spec.attention_input
         else (),
         projections=tuple(_projections(block, spec) for block in blocks),
+        head_norms=tuple(
+            {key: _resolve(block, (path,)) for key, path in norms.items()} for block in blocks
+        )
+        if norms
+        else (),
     )
 
 
@@ -362,7 +443,7 @@ def _resolve(module: nn.Module, paths: tuple[str, ...]) -> nn.Module:
             continue
     raise UnsupportedModelError(
         f"{type(module).__name__} has none of the submodules {', '.join(paths)}; this version of "
-        "transformers may lay it out in a way that foveate does not know yet."
+        "its library may lay it out in a way that foveate does not know yet."
     )
 
 
