@@ -307,6 +307,24 @@ def test_show_takes_a_picture(run: Run, encoder: Path, tmp_path: Path) -> None:
     assert code == 0 and json.loads(out)["items"][0]["modality"] == "image"
 
 
+def test_show_takes_several_pictures(run: Run, encoder: Path, tmp_path: Path, video: Path) -> None:
+    photos = [tmp_path / name for name in ("one.png", "two.jpg")]
+    for photo in photos:
+        Image.new("RGB", (60, 40), (200, 30, 30)).save(photo)
+    common = ("-r", "tome", "--retain", "0.5", "--encoder", encoder)
+    target = tmp_path / "kept.html"
+    code, out, err = run("show", *photos, *common, "--out", target)
+    assert code == 0 and not err
+    assert "2 pictures" in out and "tokens by block" in out and "frame" not in out
+    html = target.read_text()
+    assert "2 pictures: what tome kept" in html and html.count('class="view"') == 2
+    document = json.loads(run("show", *photos, *common, "--json")[1])
+    assert document["video"] == [str(photo) for photo in photos]
+    assert [item["name"] for item in document["items"]] == ["one.png", "two.jpg"]
+    code, out, err = run("show", photos[0], video, *common, "--json")
+    assert code == 2 and not out and "show one video at a time" in one_error(err)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -314,6 +332,8 @@ def test_show_takes_a_picture(run: Run, encoder: Path, tmp_path: Path) -> None:
         (["--retain", "0.5", "--tokens", "3"], "Give retain or tokens, not both"),
         (["--recipe", "holitomm"], "Did you mean holitom"),
         (["--recipe", "fastv"], "needs a language model"),
+        (["--recipe", "dtop"], "pass weights='heads.safetensors'"),
+        (["--recipe", "tovim"], "runs on VisionMamba"),
         (["--recipe", "holitom(tau=7)"], "tau"),
         (["--size", "50"], "no multiple of the encoder's patches of 8 pixels; try 48"),
         (["--out", "missing/kept.html"], "the directory missing does not exist"),
@@ -330,13 +350,20 @@ def test_show_explains_bad_input_in_one_line(
     assert code == 2 and not out and message in one_error(err)
 
 
-def test_show_explains_bad_files_in_one_line(run: Run, encoder: Path, tmp_path: Path) -> None:
+def test_show_explains_bad_files_in_one_line(
+    run: Run, video: Path, encoder: Path, tmp_path: Path
+) -> None:
     (tmp_path / "empty.mp4").touch()
     (tmp_path / "text.mp4").write_text("this is no video at all")
+    (tmp_path / "text.png").write_text("this is no picture either")
+    (tmp_path / "film.png").write_bytes(video.read_bytes())
     for name, message in (
         ("missing.mp4", "no such file"),
         ("empty.mp4", "the file is empty"),
         ("text.mp4", "not a video"),
+        ("missing.png", "no such file"),
+        ("text.png", "cannot read the picture"),
+        ("film.png", "cannot read the picture"),
     ):
         code, out, err = run("show", tmp_path / name, "--encoder", encoder, "--json")
         assert code == 2 and not out and message in one_error(err)

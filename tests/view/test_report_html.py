@@ -185,6 +185,21 @@ def test_unusual_items_are_drawn(kind: str) -> None:
     assert {name for name, _, _ in view.specials} == {"newline", "[CLS]"}
 
 
+def test_a_picture_stands_untouched_beside_what_was_kept() -> None:
+    item = ItemReport(
+        0, "image", Grid.image(2, 3), Reduction.merge(torch.tensor([[0, 0, 1, -1, 2, 2]]), 3)
+    )
+    assert "untouched</b>" not in render_report(Report(items=[item]))  # without pixels: no twin
+    item.pixels, item.name = (lambda: bright_frames(1)), "cat & dog.png"
+    html = render_report(Report(items=[item]))
+    page = Elements(html)
+    assert not page.broken and "<h2>cat &amp; dog.png</h2>" in html and "6 patches" in html
+    twin, photo, over = page.of("img")
+    assert twin["src"] == photo["src"] and over["class"] == "overlay"
+    assert len(page.of("div", "view")) == len(page.of("div", "plain")) == 1
+    assert "0.00 s" not in html and not page.of("span", "strip")
+
+
 def test_reduction_of_another_item_is_refused() -> None:
     item = ItemReport(0, "image", Grid.image(2, 2), Reduction.identity(5))
     with pytest.raises(ValueError, match="4 tokens, its reduction is for 1 x 5"):

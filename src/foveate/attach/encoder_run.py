@@ -98,6 +98,10 @@ class EncoderRun:
             return (self.reduction.num_out,) * self.reduction.batch
         return tuple(self.reduction.counts_B.tolist())
 
+    def tokens_in_blocks(self) -> list[int]:
+        """Tokens of all images in front of every block, padding included."""
+        return [n * rows for n, rows in zip(self.attention_lengths, self.rows, strict=True)]
+
     def flops(self, dims: EncoderDims) -> int:
         """What the call has cost, padding included, in FLOPs."""
         if {*self.rows, *self.mlp_rows} == {self.num_images}:

@@ -8,12 +8,13 @@ from typing import Any
 
 from foveate.errors import DamagedVideoWarning, UnknownModelError, UnsupportedVideoError
 from foveate.video import Clip, Frames
+from foveate.video.source import looks_like_picture
 
 _PICTURES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
 
 def open_clip(source: Any, *, isolate: bool = False) -> Clip:
-    """A clip of a video file, or of one frame when the file is a picture.
+    """A clip of a video file, or of one frame when the file is a picture, whatever its ending.
 
     Args:
         source: what `Clip` takes, or a picture's path.
@@ -23,7 +24,7 @@ def open_clip(source: Any, *, isolate: bool = False) -> Clip:
         VideoError: it cannot be read.
     """
     path = Path(source) if isinstance(source, (str, Path)) else None
-    if path is None or path.suffix.lower() not in _PICTURES or not path.is_file():
+    if path is None or not is_picture(path):
         return Clip.open(source, isolate=isolate) if isolate else Clip.open(source)
     from PIL import Image, ImageOps
 
@@ -34,7 +35,22 @@ def open_clip(source: Any, *, isolate: bool = False) -> Clip:
         raise UnsupportedVideoError(
             f"cannot read the picture ({error})", source=str(path)
         ) from error
-    return Clip([upright])
+    clip = Clip([upright])
+    clip.name = path.name
+    return clip
+
+
+def is_picture(path: Path) -> bool:
+    """Whether a file is a still picture, by its ending or its first bytes."""
+    if not path.is_file():
+        return False
+    if path.suffix.lower() in _PICTURES:
+        return True
+    try:
+        with path.open("rb") as file:
+            return looks_like_picture(file.read(16))
+    except OSError:  # whoever opens it will say why
+        return False
 
 
 def check_checkpoint(name: str | Path) -> None:

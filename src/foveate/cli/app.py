@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 
+from foveate._wording import plural
 from foveate.cli.bench_options import bench_command
 from foveate.cli.options import Device, Json, Recipe_, Retain, Tokens, checked_device
 from foveate.cli.output import (
@@ -106,7 +108,8 @@ def list_command(
 @quiet()
 def show_command(
     video: Annotated[
-        Path | None, typer.Argument(help="Video or picture to look at.", show_default=False)
+        list[Path] | None,
+        typer.Argument(help="Video to look at, or one or more pictures.", show_default=False),
     ] = None,
     recipe: Recipe_ = "holitom",
     retain: Retain = None,
@@ -153,47 +156,52 @@ def show_command(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Draw what a recipe keeps of a clip, on a real encoder."""
+    """Draw what a recipe keeps or merges of a clip or of pictures, on a real encoder."""
     from foveate.checkpoints import open_clip
     from foveate.core import Recipe
     from foveate.view.costs import stages_not_run
     from foveate.view.html import check_destination, save_report
+    from foveate.view.several import show_pictures
     from foveate.view.show import show_video
 
-    source = _chosen(video, sample)
+    sources = _chosen(video, sample)
+    name = Path(sources[0]).name if len(sources) == 1 else f"{len(sources)} pictures"
     target = output if output is not None else None if as_json else Path("kept.html")
     if target is not None:
         check_destination(target)
     made = Recipe.of(recipe)
     with progress(not as_json) as tell:
         tell("open the clip", 0, 1)
-        report = show_video(
-            open_clip(source),
-            made,
-            retain=retain,
-            tokens=tokens,
-            encoder=encoder,
-            frames=frames,
-            size=size,
-            pool=pool,
-            device=checked_device(device),
-            seed=seed,
-            progress=tell,
-        )
+        options: dict[str, Any] = {
+            "retain": retain,
+            "tokens": tokens,
+            "encoder": encoder,
+            "frames": frames,
+            "size": size,
+            "pool": pool,
+            "device": checked_device(device),
+            "seed": seed,
+            "progress": tell,
+        }
+        if len(sources) > 1:
+            report = show_pictures(sources, made, **options)
+        else:
+            report = show_video(open_clip(sources[0]), made, **options)
         if target is not None:
             tell("write the report", 0, 1)
-            save_report(report, target, title=f"{Path(source).name}: what {made} kept")
+            save_report(report, target, title=f"{name}: what {made} kept")
     if as_json:
-        document = report.as_dict() | {"video": str(source), "html": target and str(target)}
+        shown = [str(source) for source in sources] if len(sources) > 1 else str(sources[0])
+        document = report.as_dict() | {"video": shown, "html": target and str(target)}
         document["segments"] = report.items[0].segments
         document["not_run"] = [{"method": m, "stage": s} for m, s in stages_not_run(made)]
         print_json(document)
         return
     console = out()
     console.print(recipe_line(made, report))
-    console.print(
-        f"[dim]{escape(Path(source).name)}, {len(report.items[0].grid.planes)} frames[/]\n"
-    )
+    videos = [item for item in report.items if item.modality == "video"]
+    lengths = [plural(len(item.grid.planes), "frame") for item in videos]
+    console.print(f"[dim]{', '.join([escape(name), *lengths])}[/]\n")
     console.print(stage_table(report, stages_not_run(made)))
     console.print()
     lines = facts(report)
@@ -324,14 +332,16 @@ app.command("world")(world_command)
 app.add_typer(train_app, name="train")
 
 
-def _chosen(video: Path | None, sample: str | None) -> Any:
-    if (video is None) == (sample is None):
-        raise ValueError("name a video, or a clip of ours with --sample (one of the two).")
-    if sample is None:
-        return video
+def _chosen(files: list[Path] | None, sample: str | None) -> Sequence[Path]:
+    if bool(files) == (sample is not None):
+        raise ValueError(
+            "name a video or pictures, or a clip of ours with --sample (one of the two)."
+        )
+    if files:
+        return files
     from foveate.video import sample_clip
 
-    return sample_clip(sample)
+    return [Path(sample_clip(str(sample)))]
 
 
 def _size(path: Path) -> str:

@@ -145,6 +145,8 @@ def facts(report: Report) -> Table:
             share = "unchanged" if after == before else f"{after / before:.1%}"
             arrow = flops(before) if after == before else f"{flops(before)} -> {flops(after)}"
             table.add_row(f"[dim]compute, {part}[/]", f"{arrow} [dim]({share})[/]")
+    if report.block_lengths:
+        table.add_row("[dim]tokens by block[/]", ", ".join(map(count, report.block_lengths)))
     for name, seconds in report.seconds.items():
         table.add_row(f"[dim]time, {name}[/]", duration(seconds))
     return table

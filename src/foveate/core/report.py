@@ -54,6 +54,7 @@ class ItemReport:
             tokens before any reduction.
         pixels: zero-argument function giving uint8 frames [T, 3, h, w] for pictures, or None.
         seconds: timestamps of the frames, if known.
+        name: what people call it, such as the name of its file; "" without.
     """
 
     sample: int
@@ -64,6 +65,7 @@ class ItemReport:
     evidence: list[Evidence] = field(default_factory=list)
     pixels: Any = None
     seconds: Sequence[float] | None = None
+    name: str = ""
 
     def add_evidence(self, noted: Evidence) -> None:
         """Add what a method noted; pieces of one thing become one."""
@@ -105,8 +107,9 @@ class Report:
         attention_pairs: products of a query and a key per decoder layer, per sample, where a
             prompt was read in blocks; empty: the squares of `layer_lengths`.
         flops: {"untouched": {...}, "reduced": {...}} by part; see docs/flops.md for the rule.
-        block_lengths: tokens per sample in front of every block, for backbones without attention
-            over patches (MixSTE, Vision Mamba, ViS4mer).
+        block_lengths: tokens in front of every block: per sample, for backbones without attention
+            over patches (MixSTE, Vision Mamba, ViS4mer); of all frames or pictures, for the encoder
+            in `foveate.view.show_video`.
         seconds: wall time spent in methods by stage (host time; on CUDA without synchronisation).
         notes: remarks for people.
         timeline: when each stage was at work, from the file to the answer, where it was noted.
@@ -173,6 +176,7 @@ class Report:
                     "planes": [[p.height, p.width] for p in item.grid.planes],
                     "before": item.before,
                     "after": item.after,
+                    **({"name": item.name} if item.name else {}),
                 }
                 for item in self.items
             ],

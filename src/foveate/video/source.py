@@ -248,6 +248,11 @@ def too_much_memory(name: str) -> DecodeLimitError:
     )
 
 
+def looks_like_picture(head: bytes) -> bool:
+    """Whether a file with these first bytes (12 or more) is a still picture."""
+    return head.startswith(_IMAGE_MAGIC) or head[8:12] == b"WEBP"
+
+
 def explain(words: str, head: bytes, name: str) -> VideoError:
     """Why something did not open, from its first bytes.
 
@@ -256,7 +261,7 @@ def explain(words: str, head: bytes, name: str) -> VideoError:
         head: some 64 bytes.
         name: of the source.
     """
-    if head.startswith(_IMAGE_MAGIC) or head[8:12] == b"WEBP":
+    if looks_like_picture(head):
         return UnsupportedVideoError(
             "this is a picture, not a video; give a list of PIL images", source=name
         )

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from foveate.view.encoders import Encoder, load_encoder
     from foveate.view.evidence_sheet import draw_evidence
     from foveate.view.html import render_report, save_report
+    from foveate.view.several import show_pictures
     from foveate.view.show import show_video
     from foveate.view.thinking import ThoughtfulAnswer, think
 
@@ -26,6 +27,7 @@ _LAZY = {
     "load_encoder": "foveate.view.encoders",
     "render_report": "foveate.view.html",
     "save_report": "foveate.view.html",
+    "show_pictures": "foveate.view.several",
     "show_video": "foveate.view.show",
     "think": "foveate.view.thinking",
 }
@@ -41,6 +43,7 @@ __all__ = [
     "load_encoder",
     "render_report",
     "save_report",
+    "show_pictures",
     "show_video",
     "think",
 ]

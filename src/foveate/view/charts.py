@@ -126,6 +126,14 @@ def layers_chart(layer_lengths: Any, cache_lengths: Any) -> str:
     return steps_chart(series, "Tokens in every decoder layer during prefill", "decoder layer")
 
 
+def blocks_chart(block_lengths: Sequence[int]) -> str:
+    """Tokens in front of every block of an encoder; "" when they were not counted."""
+    if not len(block_lengths):
+        return ""
+    series = [("tokens in front of the block", "area", block_lengths)]
+    return steps_chart(series, "Tokens in front of every encoder block", "encoder block")
+
+
 def _total(values: Mapping[str, float], parts: Sequence[str]) -> float:
     return values.get("total") or sum(values.get(part, 0.0) for part in parts)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from foveate._wording import count, duration, flops, plural
 from foveate.core.report import ItemReport, Report, merge_layers
-from foveate.view.charts import flops_chart, layers_chart, seconds_chart
+from foveate.view.charts import blocks_chart, flops_chart, layers_chart, seconds_chart
 from foveate.view.evidence import colour_tables
 from foveate.view.item import item_section
 from foveate.view.timeline import timeline_chart
@@ -164,7 +164,7 @@ def _figures(report: Report) -> str:
                 "compute, with a reference LLM" if scaled else "compute",
                 f"{number}<small> {unit} of {flops(total['untouched']).split(' ', 1)[0]}"
                 f"{_other_unit(total)}</small>",
-                f"{total['untouched'] / total['reduced']:.2f} times less",
+                _compared(total["untouched"], total["reduced"]),
             )
         )
     if report.seconds:
@@ -178,6 +178,13 @@ def _figures(report: Report) -> str:
         for number, (name, value, note) in enumerate(entries)
     )
     return f'<ul class="figures">{body}</ul>'
+
+
+def _compared(untouched: float, reduced: float) -> str:
+    share = f"{100 * reduced / untouched:.1f} % of the untouched"
+    if reduced > untouched:
+        return f"{share}: more, not less"
+    return f"{share}, {untouched / reduced:.2f} times less"
 
 
 def whither(report: Report) -> str:
@@ -210,6 +217,8 @@ def _panels(report: Report) -> str:
     panels = [_panel("Timeline", timeline_chart(report.timeline), "wide")]
     if report.stages:
         panels.append(_panel("Tokens by stage", _stage_table(report), "wide"))
+    name = "Tokens in front of every encoder block"
+    panels.append(_panel(name, blocks_chart(report.block_lengths)))
     for sample, lengths in enumerate(report.layer_lengths):
         cache = report.cache_lengths[sample] if sample < len(report.cache_lengths) else []
         name = "Tokens in every decoder layer"

@@ -33,11 +33,15 @@ def item_section(item: ItemReport, number: int, report: Report, frames: Any, bud
     step = -(-len(view.planes) // MAX_PLANES)
     shown = range(0, len(view.planes), step)
     pictures = item_pictures(item, len(view.planes), frames)
-    thumbs = thumbnails(view, pictures, shown, budget)
+    # Without a time line there is room to show a picture untouched beside what was kept.
+    twin = item.modality == "image" and len(view.planes) == 1 and pictures[0] is not None
+    thumbs = thumbnails(view, pictures, shown, budget // 2 if twin else budget)
     several = len({entry.sample for entry in report.items}) > 1
     name = item.modality.capitalize() + (f" {number + 1}" if len(report.items) > 1 else "")
     name += f", sample {item.sample + 1}" if several else ""
-    cards = "".join(
+    name = item.name or name
+    cards = _untouched(view, thumbs[0]) if twin else ""
+    cards += "".join(
         _card(view, plane, thumb, number) for plane, thumb in zip(shown, thumbs, strict=True)
     )
     aspect = thumbs[0].width / thumbs[0].height
@@ -185,14 +189,28 @@ def _card(view: ItemView, plane: int, thumb: Thumbnail, number: int) -> str:
         f"merged, {entry.num_dropped} dropped"
     )
     photo = f'<img src="{thumb.photo}" alt="" decoding="sync">' if thumb.photo else ""
+    strip = f'<span class="strip {_segment_style(view, plane)}"></span>'
     return (
-        f'<figure class="frame" id="f{number}-{plane}">'
-        f'<span class="strip {_segment_style(view, plane)}"></span>'
+        f'<figure class="frame" id="f{number}-{plane}">{strip if len(view.planes) > 1 else ""}'
         f'<div class="view" tabindex="0" role="img" aria-label="{words}" data-when="{when}" '
         f'data-plane="{plane}" data-first="{entry.first}" '
         f'data-rows="{rows}" data-columns="{columns}" '
         f'style="aspect-ratio:{thumb.width}/{thumb.height}">{photo}'
         f'<img class="overlay" src="{thumb.overlay}" alt="" decoding="sync"></div>'
-        f"<figcaption><b>{when}</b><span>{plural(entry.num_tokens, 'token')}</span></figcaption>"
+        f"<figcaption><b>{when if len(view.planes) > 1 else 'reduced'}</b>"
+        f"<span>{plural(entry.num_tokens, 'token')}</span></figcaption>"
         "</figure>"
     )
+
+
+def _untouched(view: ItemView, thumb: Thumbnail) -> str:
+    return (
+        '<figure class="frame"><div class="plain" style="aspect-ratio:'
+        f'{thumb.width}/{thumb.height}"><img src="{thumb.photo}" alt="untouched"></div>'
+        f"<figcaption><b>untouched</b><span>{_patches(view.planes[0].num_patches)}</span>"
+        "</figcaption></figure>"
+    )
+
+
+def _patches(number: int) -> str:
+    return f"{count(number)} patch{'' if number == 1 else 'es'}"

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from foveate.attach.backbone import check_kinds
+from foveate.attach.encoder_joining import joins
 from foveate.attach.features import carried_maps
 from foveate.attach.noting import encoder_evidence
 from foveate.attach.prompt import PromptReducer
@@ -35,6 +37,7 @@ from foveate.core import (
     StageReport,
 )
 from foveate.errors import DamagedVideoWarning, RecipeError
+from foveate.models import adapter_for
 from foveate.video import Clip
 from foveate.video.sampling import sample_ranks
 from foveate.view.costs import count_flops, note_missing_stages
@@ -83,7 +86,7 @@ def show_video(
         pool: halve rows and columns bilinearly before the projector stage, as LLaVA-OneVision does
             with videos; None: exactly for videos whose recipe has a projector stage.
         device: where to load an encoder that is given by name.
-        batch: frames in one pass of the encoder.
+        batch: frames in one pass of the encoder; all of them for methods that join frames there.
         seed: for methods that draw random numbers.
         progress: told what is being done.
         arguments: hyper-parameters of the recipe's methods.
@@ -93,7 +96,9 @@ def show_video(
 
     Raises:
         VideoError: the clip cannot be read.
-        RecipeError: no stage of the recipe acts before the language model.
+        RecipeError: no stage of the recipe acts before the language model, or a method joins the
+            frames of a video and the source is a single picture.
+        AttachmentError: a method has a backbone of its own, or needs parts that are trained.
         MissingSignalError: a method reads a signal that the encoder does not offer.
         ValueError: a value is out of range.
 
@@ -113,7 +118,11 @@ def show_video(
     if not isinstance(encoder, Encoder):
         tell("load the encoder", 0, 1)
         encoder = load_encoder(encoder, size=size, device=device)
+    check_kinds(made, adapter_for(encoder.model))
     modality: Modality = "image" if len(clip) == 1 else "video"
+    if joining := [made.steps[i].method for i in made.at("encoder") if joins(made.steps[i].method)]:
+        _refuse_picture(joining[0], modality, clip.name)
+        batch = frames
     report = Report(_describe(encoder), str(made), describe_budget(budget))
     steps = [(i, made.steps[i].method) for i in made.at("encoder")]
     readers = [made.steps[i].method for i in made.at("projector")]
@@ -126,7 +135,7 @@ def show_video(
     begin = time.perf_counter()
     item = _reduce(made, budgets, encoded, modality, pool, seed, encoder, report)
     report.seconds["reduce"] = time.perf_counter() - begin
-    item.pixels, item.seconds = lambda: shown, seconds
+    item.pixels, item.seconds = lambda: shown, seconds if modality == "video" else None
     report.items = [item]
     count_flops(report, encoder, encoded)
     note_missing_stages(made, report)
@@ -141,6 +150,14 @@ def _refuse_inside_llm(recipe: Recipe) -> None:
         f"{recipe} acts only at: {', '.join(stages)}, which needs a language model. Use `foveate "
         "ask` with a model, or a recipe with an encoder or projector stage (foveate list)."
     )
+
+
+def _refuse_picture(method: Method, modality: Modality, name: str) -> None:
+    if modality == "image":
+        raise RecipeError(
+            f"{method.name} joins frames of a video inside the encoder, and {name} is a single "
+            'picture: give a video, or a method that acts within a frame, such as "tome".'
+        )
 
 
 def _describe(encoder: Encoder) -> str:
@@ -165,12 +182,13 @@ def _run(
     spent = {"decode": 0.0, "encode": 0.0}
     done = 0
     with running:
-        for first in range(0, len(ranks), _DECODE_CHUNK):
+        chunk = max(batch, _DECODE_CHUNK)
+        for first in range(0, len(ranks), chunk):
             tell("decode", done, frames)
             begin = time.perf_counter()
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DamagedVideoWarning)  # it goes into the notes
-                taken = clip.take(ranks[first : first + _DECODE_CHUNK].tolist())
+                taken = clip.take(ranks[first : first + chunk].tolist())
             if taken.damage:
                 lost.append(taken.damage.reason)
             seconds += taken.seconds.tolist()
@@ -286,6 +304,8 @@ def _note_encoder_stage(recipe: Recipe, encoded: Encoded, report: Report) -> Non
         names = " + ".join(recipe.steps[i].method.name for i in recipe.at("encoder"))
         after = sum(sum(run.counts()) for run in encoded.runs)
         report.stages.append(StageReport("encoder", names, (before,), (after,)))
+    counts = zip(*(run.tokens_in_blocks() for run in encoded.runs), strict=True)
+    report.block_lengths = [sum(block) for block in counts]
     # They were timed as part of the encoding.
     spent = sum(run.seconds for run in encoded.runs)
     report.seconds["encode"] = max(report.seconds["encode"] - spent, 0.0)
