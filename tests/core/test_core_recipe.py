@@ -324,6 +324,24 @@ class TestBudgets:
         assert Recipe.from_json(recipe.to_json()) == recipe
         assert recipe.with_arguments(layer=3).steps[0].share == 2
 
+    def test_a_default_holds_until_the_call_says_otherwise(self) -> None:
+        text = "tome(default=0.4) + fastv(layer=3, default=0.8)"
+        recipe = Recipe.parse(text)
+        assert recipe.budgets(Budget()) == (Budget(retain=0.4), Budget(retain=0.8))
+        # Asked for, not published: a method with a rule of its own for the number keeps to it.
+        assert not any(budget.published for budget in recipe.budgets(Budget()))
+        assert self.of(text, retain=0.1) == [0.4, 0.1]
+        assert self.of(text, tokens=64) == [0.4, 64]
+        assert self.of("tome(default=0.4)", retain=0.1) == [0.1]
+        assert self.of(text, retain=1.0) == [1.0, 1.0]
+        assert str(recipe) == text and recipe.with_arguments(layer=2).steps[1].default == 0.8
+        assert Recipe.from_json(recipe.to_json()) == recipe
+
+    @pytest.mark.parametrize("default", ["0", "1.5", "'2'", "True", "[0.5]", "0.5, retain=0.5"])
+    def test_a_default_that_is_none(self, default: str) -> None:
+        with pytest.raises(RecipeError, match="default"):
+            Recipe.parse(f"divprune(default={default})")
+
     def test_a_step_that_keeps_all_says_so(self) -> None:
         step = Step(ToMe(), ("encoder",), Budget())
         assert step.budget == Budget(retain=1.0)

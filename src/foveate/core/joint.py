@@ -24,7 +24,7 @@ def joint_budgets(steps: Sequence[Step], budget: Budget) -> tuple[Budget, ...]:
 
     Fractions multiply: the steps without a budget of their own share what those with one leave of
     it, `rest ** (share / sum of shares)` each. Methods that act at patches or inside the encoder
-    alone are apart, unless the recipe has no others: they keep their own or published budget.
+    alone are apart, unless the recipe has no others: they keep their own budget or default.
     Without a budget of the call everybody does.
 
     Raises:
@@ -37,9 +37,7 @@ def joint_budgets(steps: Sequence[Step], budget: Budget) -> tuple[Budget, ...]:
         >>> [round(b.retain, 3) for b in joint_budgets(steps, Budget(retain=0.125))]
         [0.5, 0.25]
     """
-    own = tuple(
-        step.budget or Budget(retain=step.method.card.retain, published=True) for step in steps
-    )
+    own = tuple(map(_own, steps))
     if budget.retain is None and budget.tokens is None:
         return own
     if budget.is_full:
@@ -57,6 +55,15 @@ def joint_budgets(steps: Sequence[Step], budget: Budget) -> tuple[Budget, ...]:
         rivals = free[place:] if budget.tokens is not None else free
         out[index] = rests[place].part(steps[index].share / sum(steps[i].share for i in rivals))
     return tuple(out)
+
+
+def _own(step: Step) -> Budget:
+    """What a step keeps where a call leaves it to the recipe."""
+    if step.budget is not None:
+        return step.budget
+    if step.default is not None:
+        return Budget(retain=step.default)
+    return Budget(retain=step.method.card.retain, published=True)
 
 
 def _group(steps: Sequence[Step]) -> list[int]:

@@ -37,8 +37,9 @@ class Recipe:
     square root each, "todre(share=2) + video_xl2" goes two thirds of the way at the first, and a
     method with a budget of its own ("divprune(retain=0.5)") is counted in. An encoder brings its
     tokens back for the projector, so a method inside it is apart: it keeps its own budget or its
-    published default. A method that only changes attention takes none. A budget of 1 switches all
-    of them off.
+    default. A method that only changes attention takes none. A budget of 1 switches all of them
+    off. Without a budget of the call all keep their default: the published one, or the recipe's
+    ("fastv(default=0.8)").
 
     Args:
         steps: the methods in the order in which they act within a stage.
@@ -161,6 +162,7 @@ class Recipe:
                 "arguments": step.method.arguments(),
                 "retain": None if step.budget is None else step.budget.retain,
                 "tokens": None if step.budget is None else step.budget.tokens,
+                "default": step.default,
                 "share": step.share,
             }
             for step in self.steps

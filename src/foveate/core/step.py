@@ -19,7 +19,7 @@ from foveate.core.registry import get_method
 from foveate.errors import RecipeError
 
 #: What a recipe says of a step beside the method's own arguments.
-_OF_STEPS = ("retain", "tokens", "share")
+_OF_STEPS = ("retain", "tokens", "default", "share")
 _TERM = re.compile(r"^\s*(\w+)\s*(\(.*\))?\s*(?:@\s*([a-z,\s]+))?\s*$", re.DOTALL)
 
 
@@ -30,11 +30,12 @@ class Step:
     Attributes:
         method: the configured method.
         stages: the stages it acts at here (a subset of what it can).
-        budget: its own budget; None takes its part of the call's, or the method's default.
+        budget: its own budget; None takes its part of the call's, or the default.
+        default: fraction kept where a call gives no budget; None: the method's published default.
         share: how large that part is beside the other methods'; 2 goes twice the way of 1.
 
     Raises:
-        RecipeError: no stage, one at which the method does not act, or no such share.
+        RecipeError: no stage, one at which the method does not act, or no such share or default.
 
     Example:
         >>> str(Step(get_method("tome")(r=8), ("encoder",), Budget(retain=0.5)))
@@ -45,8 +46,11 @@ class Step:
     stages: tuple[Stage, ...]
     budget: Budget | None = None
     share: float = 1.0
+    default: float | None = None
 
     def __post_init__(self) -> None:
+        if self.default is not None:
+            self._check_default()
         if isinstance(self.share, bool) or not isinstance(self.share, int | float):
             raise RecipeError(f"{self.method.name}: share must be a number, got {self.share!r}.")
         if not 0 < self.share < math.inf or (self.budget is not None and self.share != 1):
@@ -64,6 +68,20 @@ class Step:
             # "No budget" would read as "the default" once written down; what it means is all.
             object.__setattr__(self, "budget", Budget(retain=1.0))
 
+    def _check_default(self) -> None:
+        name, value = self.method.name, self.default
+        if self.budget is not None:
+            raise RecipeError(
+                f"{name}: default={value!r} would never hold beside a budget of the method's own; "
+                "give one of them."
+            )
+        try:
+            if not isinstance(value, int | float):
+                raise ValueError(f"it must be a number in (0, 1], got {value!r}.")
+            Budget(retain=value)
+        except ValueError as error:
+            raise RecipeError(f"{name}: default is what it keeps: {error}") from error
+
     @property
     def reduces(self) -> bool:
         """Whether it takes tokens away at any of its stages, or only changes attention."""
@@ -74,6 +92,8 @@ class Step:
         if self.budget is not None:
             amount = "retain" if self.budget.retain is not None else "tokens"
             arguments.append(f"{amount}={getattr(self.budget, amount)!r}")
+        if self.default is not None:
+            arguments.append(f"default={self.default!r}")
         if self.share != 1:
             arguments.append(f"share={self.share!r}")
         text = self.method.name + (f"({', '.join(arguments)})" if arguments else "")
@@ -163,7 +183,7 @@ def _make_step(name: str, stages: list[str] | None, arguments: dict[str, Any]) -
     budget = None
     if {"retain", "tokens"} & set(arguments):
         budget = Budget(arguments.pop("retain", None), arguments.pop("tokens", None))
-    share = arguments.pop("share", 1.0)
+    share, default = arguments.pop("share", 1.0), arguments.pop("default", None)
     try:
         method = cls(**_tuples(arguments))
     except TypeError as error:
@@ -173,8 +193,9 @@ def _make_step(name: str, stages: list[str] | None, arguments: dict[str, Any]) -
     if unknown:
         raise RecipeError(f"Unknown stage {unknown[0]!r}; stages are {', '.join(STAGES)}.")
     if stages is None:
-        return Step(method, cls.stages(), budget, share)
-    return Step(method, tuple(stage for stage in STAGES if stage in stages), budget, share)
+        return Step(method, cls.stages(), budget, share, default)
+    chosen = tuple(stage for stage in STAGES if stage in stages)
+    return Step(method, chosen, budget, share, default)
 
 
 def _tuples(value: Any) -> Any:
