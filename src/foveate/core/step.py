@@ -194,8 +194,7 @@ def _make_step(name: str, stages: list[str] | None, arguments: dict[str, Any]) -
         raise RecipeError(f"Unknown stage {unknown[0]!r}; stages are {', '.join(STAGES)}.")
     if stages is None:
         return Step(method, cls.stages(), budget, share, default)
-    chosen = tuple(stage for stage in STAGES if stage in stages)
-    return Step(method, chosen, budget, share, default)
+    return Step(method, tuple(stage for stage in STAGES if stage in stages), budget, share, default)
 
 
 def _tuples(value: Any) -> Any:
