@@ -12,6 +12,7 @@ from torch import Tensor
 
 from foveate.ops import _columns as columns
 from foveate.ops import (
+    attend_and_score,
     attention_column_sums,
     attention_matrix,
     attention_received_and_kept,
@@ -276,6 +277,10 @@ def test_received_and_kept_are_those_of_the_matrix(shape, elements, bias, monkey
     matrix = attention_matrix(q, k, added)
     torch.testing.assert_close(received, matrix.sum(2))
     torch.testing.assert_close(kept, matrix.diagonal(dim1=2, dim2=3))
+    v = torch.randn(B, N, H, 5).transpose(1, 2)[..., :4]
+    out, *same = attend_and_score(q, k, v, added)
+    torch.testing.assert_close(out, matrix @ v)
+    assert same[0].equal(received) and same[1].equal(kept)
     half, _ = attention_received_and_kept(q.bfloat16(), k.bfloat16(), added)
     assert half.dtype == torch.float32
     torch.testing.assert_close(half, matrix.sum(2), atol=0.1, rtol=0.1)

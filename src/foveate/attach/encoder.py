@@ -23,7 +23,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from foveate.attach.encoder_attention import outside_reader, rewrite_hook, rewriting, size_hook
+from foveate.attach.encoder_attention import (
+    answer,
+    outside_reader,
+    rewrite_hook,
+    rewriting,
+    size_hook,
+)
 from foveate.attach.encoder_joining import join_frames, joins, note_front
 from foveate.attach.encoder_lora import lora_handles
 from foveate.attach.encoder_pool import PooledTokens, refusing
@@ -155,21 +161,23 @@ class EncoderStage(OfOneModel):
             handles.append(
                 block.register_forward_pre_hook(self._before_block(index), with_kwargs=True)
             )
+            observe = self._on_attention(index)
+            tap = TowerTap(tower, index, observe, self.reads_values)
+            handles += tap.handles
+            asked = self._rewriters(index, tap) if rewriting(self.steps) else None
+            asking = None if asked is None else self._asking(asked)
             # First of all, so that whoever records this attention sees the weights it works with.
             handles.append(
                 tower.attentions[index].register_forward_pre_hook(
-                    size_hook(tower.attentions[index], self._bias, self.flash),
+                    size_hook(tower.attentions[index], self._bias, self.flash, asking),
                     with_kwargs=True,
                     prepend=True,
                 )
             )
-            observe = self._on_attention(index)
-            tap = TowerTap(tower, index, observe, self.reads_values)
-            handles += tap.handles
             for number, method in self.steps:
                 handles += lora_handles(tower, index, method, self._is_acting(number))
-            if rewriting(self.steps):
-                hook = rewrite_hook(self._rewriters(index, tap))
+            if asked is not None:
+                hook = rewrite_hook(lambda asked=asked: [] if self._answered() else asked(False))
                 handles.append(tower.attention_outputs[index].register_forward_pre_hook(hook))
             handles.append(
                 tower.mlp_inputs[index].register_forward_pre_hook(self._before_mlp(index))
@@ -233,8 +241,8 @@ class EncoderStage(OfOneModel):
 
     def _rewriters(
         self, index: int, tap: TowerTap
-    ) -> Callable[[], list[tuple[Method, EncoderContext]]]:
-        def asked() -> list[tuple[Method, EncoderContext]]:
+    ) -> Callable[[bool], list[tuple[Method, EncoderContext]]]:
+        def asked(in_place: bool) -> list[tuple[Method, EncoderContext]]:
             run = self.run
             if run is None or run.restored or index > self.tower.feature_block:
                 return []
@@ -244,12 +252,45 @@ class EncoderStage(OfOneModel):
                 captured = tuple(x if x is None else run.packing.unpack_heads(x) for x in captured)
             shape = (run.num_images, run.num_tokens)
             return [
-                (method, self._context(run, number, method, index, captured, shape))
+                (
+                    method,
+                    replace(
+                        self._context(run, number, method, index, captured, shape),
+                        in_place=in_place,
+                    ),
+                )
                 for number, method in rewriting(self.steps)
                 if not self.budget(number).is_full
             ]
 
         return asked
+
+    def _asking(
+        self, asked: Callable[[bool], list[tuple[Method, EncoderContext]]]
+    ) -> Callable[[torch.Tensor], Callable[[], torch.Tensor | None] | None]:
+        """What is asked in the place of the fused kernel, see `size_hook`."""
+
+        def asking(x_BND: torch.Tensor) -> Callable[[], torch.Tensor | None] | None:
+            run = self.run
+            if run is None or run.restored or run.packing is not None:
+                return None
+            run.answered = False
+            # Elsewhere the kernel is faster than anything beside it, or gradients run through it.
+            fused = getattr(getattr(self.tower.module, "config", None), "_attn_implementation", "")
+            if fused != "sdpa" or x_BND.device.type != "cpu" or torch.is_grad_enabled():
+                return None
+
+            def ask() -> torch.Tensor | None:
+                run.answered = True
+                width = self.tower.num_heads * self.tower.head_dim
+                return answer(asked(True), (*x_BND.shape[:2], width))
+
+            return ask
+
+        return asking
+
+    def _answered(self) -> bool:
+        return self.run is not None and self.run.answered
 
     def _before_mlp(self, index: int) -> Callable:
         def hook(module: nn.Module, args: tuple) -> Any:

@@ -1,7 +1,8 @@
 """Attention inside encoder blocks: sizes added to its logits, and what methods compute themselves.
 
-A method that computes attention gets the queries, keys and values of the block's own kernel, which
-runs as ever; the output projection behind it is handed what the method made of them instead.
+A method that computes attention gets the queries, keys and values of the block's own kernel. Where
+that is torch's fused one on a CPU, the method is asked in its place; elsewhere the kernel runs as
+ever, and the output projection behind it is handed what the method made instead.
 
 Legend: B images of a call, H heads, N tokens present, d channels of a head.
 """
@@ -21,6 +22,7 @@ from foveate.core.method import overrides
 from foveate.errors import AttachmentError
 from foveate.models.tower import VisionTower
 
+_KERNEL = torch.nn.functional.scaled_dot_product_attention
 #: What attention modules call the mask that is added to their logits: in transformers, in timm.
 MASKS = ("attention_mask", "attn_mask")
 
@@ -48,6 +50,30 @@ def outside_reader(
     return read
 
 
+def answer(
+    asked: list[tuple[Method, EncoderContext]], shape: tuple[int, ...]
+) -> torch.Tensor | None:
+    """What the methods make of a block's attention, [B, H, N, d]; None: they leave it.
+
+    Raises:
+        ValueError: it is not of `shape`, [B, N, H * d].
+    """
+    found_BHNd = None
+    for method, context in asked:
+        with torch.no_grad():
+            out_BHNd = method.encoder_attention(context)
+        if out_BHNd is None:
+            continue
+        B, H, N, d = out_BHNd.shape
+        if (B, N, H * d) != shape:
+            raise ValueError(
+                f"{method.name}: encoder_attention() returns [B, H, N, d] for {shape} (heads "
+                f"joined), got {tuple(out_BHNd.shape)}."
+            )
+        found_BHNd = out_BHNd
+    return found_BHNd
+
+
 def rewrite_hook(
     asked: Callable[[], list[tuple[Method, EncoderContext]]],
 ) -> Callable[[nn.Module, tuple], Any]:
@@ -58,26 +84,65 @@ def rewrite_hook(
     """
 
     def hook(module: nn.Module, args: tuple) -> Any:
-        (own_BNC, *rest), changed = args, False
-        for method, context in asked():
-            with torch.no_grad():
-                out_BHNd = method.encoder_attention(context)
-            if out_BHNd is None:
-                continue
-            out_BNC = out_BHNd.transpose(1, 2).flatten(2)
-            if out_BNC.shape != own_BNC.shape:
-                raise ValueError(
-                    f"{method.name}: encoder_attention() returns [B, H, N, d] for "
-                    f"{tuple(own_BNC.shape)} (heads joined), got {tuple(out_BHNd.shape)}."
-                )
-            own_BNC, changed = out_BNC.to(own_BNC.dtype), True
-        return (own_BNC, *rest) if changed else None
+        own_BNC, *rest = args
+        out_BHNd = answer(asked(), tuple(own_BNC.shape))
+        if out_BHNd is None:
+            return None
+        return (out_BHNd.transpose(1, 2).flatten(2).to(own_BNC.dtype), *rest)
 
     return hook
 
 
+class AskingMask(torch.Tensor):
+    """A mask of attention that asks methods when the fused kernel is called with it.
+
+    Such a tensor is how a call of the kernel can be answered from hooks, without another attention
+    function and without running it in vain.
+
+    Attributes:
+        ask: gives what takes the place of the kernel's result, [B, H, N, d]; None: nothing does.
+        weighs: it is a mask; else it only carries `ask`.
+    """
+
+    ask: Callable[[], torch.Tensor | None]
+    weighs: bool
+
+    @classmethod
+    def carrying(
+        cls, mask: torch.Tensor | None, x_BND: torch.Tensor, ask: Callable
+    ) -> torch.Tensor:
+        """A mask, or one that hides nothing from N tokens, that asks."""
+        zeros_111N = x_BND.new_zeros(1, 1, 1, x_BND.shape[1])
+        made = (zeros_111N if mask is None else mask).as_subclass(cls)
+        made.ask, made.weighs = ask, mask is not None
+        return made
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is not _KERNEL:
+            out = super().__torch_function__(func, types, args, kwargs)
+            source = next((x for x in args if isinstance(x, cls)), None)
+            if isinstance(out, cls) and source is not None and hasattr(source, "ask"):
+                out.ask, out.weighs = source.ask, source.weighs  # a slice, or another dtype
+            return out
+        names = ("query", "key", "value", "attn_mask")
+        named: dict[str, Any] = dict(zip(names, args, strict=False)) | kwargs
+        mask = named["attn_mask"]
+        out_BHNd = mask.ask()
+        if out_BHNd is not None:
+            return out_BHNd.to(named["query"].dtype)
+        named["attn_mask"] = mask.as_subclass(torch.Tensor) if mask.weighs else None
+        return _KERNEL(**named)
+
+
 def size_hook(
-    attention: nn.Module, bias: Callable[[torch.dtype], torch.Tensor | None], flash: str
+    attention: nn.Module,
+    bias: Callable[[torch.dtype], torch.Tensor | None],
+    flash: str,
+    asking: Callable[[torch.Tensor], Callable[[], torch.Tensor | None] | None] | None = None,
 ) -> Callable[[nn.Module, tuple, dict[str, Any]], Any]:
     """A pre-hook that adds the sizes of tokens to the logits of a block's attention.
 
@@ -85,6 +150,8 @@ def size_hook(
         attention: the module, for the names of its arguments.
         bias: gives what to add in the running block, None for nothing.
         flash: name of a kernel that takes no mask, empty for others.
+        asking: for the input of the running block, gives what is to be asked in the place of the
+            fused kernel; None where that runs as ever.
     """
     accepted = list(inspect.signature(attention.forward).parameters)
     mask = next((name for name in MASKS if name in accepted), "")
@@ -93,6 +160,9 @@ def size_hook(
     def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         x_BND = args[0] if args else kwargs["hidden_states"]
         added = bias(x_BND.dtype)
+        ask = asking(x_BND) if asking is not None and position is not None else None
+        if ask is not None:
+            added = AskingMask.carrying(added, x_BND, ask)
         if added is None:
             return None
         if position is None:

@@ -53,6 +53,7 @@ class EncoderRun:
         outside: images, queries and keys of every reading of tokens outside the sequence.
         joined: images that a row holds, consecutive frames of one video.
         front: prefix tokens in front of the patches of a row.
+        answered: methods were asked for the attention of the running block in its kernel's place.
     """
 
     num_images: int = 0
@@ -80,6 +81,7 @@ class EncoderRun:
     outside: list[tuple[int, int, int]] = field(default_factory=list)
     joined: int = 1
     front: int = 0
+    answered: bool = False
 
     def __post_init__(self) -> None:
         self.front = self.num_prefix

@@ -233,6 +233,8 @@ class EncoderContext(Context):
         carried: what `carry` noted.
         read_keys_values: the block's keys and values of other tokens; use `keys_values`.
         predictions: what `predict` was given.
+        in_place: `Method.encoder_attention` is asked before the fused kernel, which does not run if
+            the method answers.
     """
 
     layer: int = 0
@@ -251,6 +253,7 @@ class EncoderContext(Context):
     carried: MutableMapping[str, torch.Tensor] = field(default_factory=dict)
     read_keys_values: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None
     predictions: list[DensePrediction] = field(default_factory=list)
+    in_place: bool = False
 
     def keys_values(self, x_BND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values that this block's norm and projections make of tokens, [B, H, N, d] each.

@@ -212,8 +212,8 @@ class Method:
     def encoder_attention(self, context: EncoderContext) -> torch.Tensor | None:
         """Change what the attention of one vision block gives, [B, H, N, d] before its projection.
 
-        Asked in every block, right behind the fused kernel, whose result it replaces; the context
-        has queries, keys, values (with `reads_values`) and sizes. None leaves it.
+        Asked in every block, in the place of the fused kernel (`context.in_place`) or behind it;
+        the context has queries, keys, values (with `reads_values`) and sizes. None leaves it.
         """
         return None
 

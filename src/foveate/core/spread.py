@@ -143,21 +143,17 @@ class SpreadChain(Reduction):
     steps: tuple[Reduction, ...] = ()
     _made: torch.Tensor | None = None
 
-    @property
-    def matrix_BMN(self) -> torch.Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The matrix, made at the first call."""
+    def _matrix(self) -> torch.Tensor | None:
         if self._made is None:
             self._keep(_product_of(self.steps))
         return self._made
 
-    @matrix_BMN.setter
-    def matrix_BMN(self, value: torch.Tensor | None) -> None:
-        # Also called by the constructor, that is by `dataclasses.replace`.
-        self._keep(value)
-
     def _keep(self, matrix_BMN: torch.Tensor | None) -> None:
         object.__setattr__(self, "_made", matrix_BMN)
         object.__setattr__(self, "steps", ())
+
+    # Set by the constructor, that is by `dataclasses.replace`, and made at the first reading else.
+    matrix_BMN = property(_matrix, _keep)  # pyright: ignore[reportAssignmentType]
 
 
 def _product_of(steps: tuple[Reduction, ...]) -> torch.Tensor:

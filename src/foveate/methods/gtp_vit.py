@@ -148,6 +148,11 @@ def _standing(received_BHN: torch.Tensor, own_BHN: torch.Tensor, score: Score) -
     return received_BN if score.startswith("received") else own_BN
 
 
+def _bias(context: EncoderContext) -> torch.Tensor | None:
+    """What the block adds to its logits."""
+    return None if context.size_BN is None else context.size_BN[:, None, None].log()
+
+
 def _over_heads(value_BHN: torch.Tensor, score: Score) -> torch.Tensor:
     return value_BHN.amax(1) if score.endswith("max") else value_BHN.mean(1)
 
@@ -290,12 +295,22 @@ class GTPViT(Method):
     # -- in a block -----------------------------------------------------------------------------
 
     def encoder_attention(self, context: EncoderContext) -> torch.Tensor | None:
-        """Sparse attention of one block, where some is left out. O(H N^2 (d + 1))."""
-        share, _ = self.settings(*self._leaving(context))
+        """Attention of one block: sparse where some is left out; all where it is read on the way.
+
+        O(H N^2 d).
+        """
+        num_patches, leaving = self._leaving(context)
+        share, _ = self.settings(num_patches, leaving)
         if share == 1:
-            return None
-        score_BP, out_BHNd = self._attend(context, share)
-        context.state["score"] = score_BP
+            reads = self.score.startswith(("mixed", "received", "diagonal"))
+            q, k, v = context.queries_BHNd, context.keys_BHNd, context.values_BHNd
+            if not (context.in_place and reads and leaving) or q is None or k is None or v is None:
+                return None
+            out_BHNd, received_BHN, own_BHN = ops.attend_and_score(q, k, v, _bias(context))
+            score_BN = _standing(received_BHN, own_BHN, self.score)
+            context.state["score"] = score_BN[:, context.num_prefix :]
+            return out_BHNd
+        context.state["score"], out_BHNd = self._attend(context, share)
         return out_BHNd
 
     def _attend(
@@ -310,8 +325,7 @@ class GTPViT(Method):
             )
         if share == 1 and self.score == "random":
             return None, None
-        size_BN = context.size_BN
-        bias = None if size_BN is None else size_BN[:, None, None].log()
+        bias = _bias(context)
         B, H, N, _ = q.shape
         if share == 1 and self.score != "similarity":
             return read_importance(q, k, self.score, context.num_prefix, bias), None
@@ -354,7 +368,9 @@ class GTPViT(Method):
                 f"gtp_vit has a graph of {place_Bn.shape[1]} patches and {N - prefix} are "
                 "here: no other method can shorten the encoder beside it."
             )
-        score_BP = state["score"] if share < 1 else self._attend(context, share)[0]
+        score_BP = state.pop("score", None)
+        if score_BP is None and share == 1:
+            score_BP = self._attend(context, share)[0]
         if score_BP is None:
             score_BP = torch.rand(
                 B, N - prefix, generator=torch.Generator().manual_seed(context.seed + context.layer)

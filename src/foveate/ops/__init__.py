@@ -63,6 +63,7 @@ from foveate.ops.scan import (
 from foveate.ops.schedule import earlier_layers, mean_share, share_schedule
 from foveate.ops.score import (
     adjacent_similarity,
+    attend_and_score,
     attention_column_sums,
     attention_matrix,
     attention_received_and_kept,
@@ -107,6 +108,7 @@ __all__ = [
     "Quantised",
     "Segmentation",
     "adjacent_similarity",
+    "attend_and_score",
     "attention_column_sums",
     "attention_matrix",
     "attention_received_and_kept",

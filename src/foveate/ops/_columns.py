@@ -111,15 +111,23 @@ def matrix_tiles(
 
 
 def columns_and_diagonal(
-    q_BHND: Tensor, k_BHND: Tensor, scale: float, bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Column sums and diagonals [B, H, N] of square attention."""
+    q_BHND: Tensor, k_BHND: Tensor, scale: float, bias: Tensor | None, v_BHND: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Column sums and diagonals [B, H, N] of square attention, and what it makes of values."""
     columns_BHN = widen(q_BHND.new_zeros(q_BHND.shape[:3]))
-    diagonal_BHN = torch.empty_like(columns_BHN)
+    diagonal_BHN, out_BHND = torch.empty_like(columns_BHN), None
+    if v_BHND is not None:
+        v_BHND = widen(v_BHND)
+        B, H, N, D = v_BHND.shape
+        # Heads side by side, as the projection behind it takes them.
+        out_BHND = v_BHND.new_empty(B, N, H, D).transpose(1, 2)
     for (b, h, n), share in matrix_tiles(q_BHND, k_BHND, scale, bias):
         columns_BHN[b, h] += share.sum(-2)
         diagonal_BHN[b, h, n] = share[..., n].diagonal(dim1=-2, dim2=-1)
-    return columns_BHN, diagonal_BHN
+        if v_BHND is not None and out_BHND is not None:
+            v_XND = v_BHND[b, h].flatten(0, 1)
+            out_BHND[b, h, n] = torch.bmm(share.flatten(0, 1), v_XND).unflatten(0, share.shape[:2])
+    return columns_BHN, diagonal_BHN, out_BHND
 
 
 def _future(n: slice, N: int, M: int, last: int, device: torch.device) -> Tensor:

@@ -1,6 +1,7 @@
 """Token scores: attention received, page rank and similarity, gathered from their modules."""
 
 from foveate.ops.attention import (
+    attend_and_score,
     attention_column_sums,
     attention_matrix,
     attention_received_and_kept,
@@ -18,6 +19,7 @@ from foveate.ops.similarity import (
 
 __all__ = [
     "adjacent_similarity",
+    "attend_and_score",
     "attention_column_sums",
     "attention_matrix",
     "attention_received_and_kept",
