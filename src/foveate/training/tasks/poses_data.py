@@ -50,7 +50,7 @@ _ANGLES = {
     15: ((0.9, 0.0, 0.0), (0.7, 0.0, 0.0)),
 }
 #: Seconds between frames.
-FRAME_SECONDS = 0.08
+FRAME_SECONDS = 0.05
 #: Cycles per second of the waves, lowest and highest.
 _FREQUENCY = (0.2, 1.5)
 _WAVES = 3
