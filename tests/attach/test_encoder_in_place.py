@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import foveate
 from foveate.attach.encoder_attention import AskingMask
 from foveate.core import Card, EncoderContext, Method, Recipe
+from foveate.methods import zero_tprune
+from foveate.methods.zero_tprune import ZeroTPrune
 from tiny import tiny_encoder
 
 FAMILIES = ("vit", "dinov2", "clip", "siglip")
@@ -120,3 +122,19 @@ def test_slices_and_other_dtypes_of_the_mask_still_ask() -> None:
     assert attend(q, q, q, attn_mask=mask).equal(attend(q, q, q, attn_mask=torch.zeros(6)[None]))
     mask.ask = lambda: 2 * q
     assert attend(q, q, q, mask).equal(2 * q)
+
+
+@pytest.mark.parametrize("family", ["vit", "siglip"])
+def test_attention_that_is_needed_whole_is_made_once(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = tiny_encoder(family)
+    blocks = encoder.config.num_hidden_layers
+    acting = len(set(ZeroTPrune().blocks(blocks)))
+    with torch.no_grad():
+        mine, left = features(encoder, "zero_tprune")
+        assert left == blocks - acting
+        monkeypatch.setattr(zero_tprune, "_KEPT_BYTES", 0)  # too much to wait for the block's end
+        apart, all_of_them = features(encoder, "zero_tprune")
+    assert all_of_them == blocks
+    torch.testing.assert_close(mine, apart, atol=1e-5, rtol=1e-5)

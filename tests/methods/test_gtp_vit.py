@@ -269,6 +269,26 @@ def test_the_published_settings() -> None:
     assert method.schedule(196, 12, Budget(tokens=100)) == (8,) * 12
 
 
+@pytest.mark.parametrize("retain", [0.1, 0.5])
+def test_states_are_looked_up_only_where_patches_leave_without_a_trace(
+    retain: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = tiny_encoder("vit")
+    pixels = torch.randn(3, 3, encoder.config.image_size, encoder.config.image_size)
+
+    def dense() -> tuple[torch.Tensor, torch.Tensor]:
+        recipe = 'gtp_vit(graph="spatial", alpha=0.3)'
+        with torch.no_grad(), foveate.reduce(encoder, recipe, retain=retain, restore=True) as run:
+            out = encoder(pixels).last_hidden_state
+            return out, run.encoder_reduction.groups_BN < 0
+
+    found, lost_BN = dense()
+    monkeypatch.setattr("foveate.attach.encoder.loses_some", lambda *args: True)
+    always, _ = dense()
+    torch.testing.assert_close(found, always)
+    assert bool(lost_BN.any()) == (retain < 0.5)
+
+
 def test_random_scores_follow_the_seed() -> None:
     encoder = tiny_encoder("vit")
     pixels = torch.randn(1, 3, encoder.config.image_size, encoder.config.image_size)

@@ -32,10 +32,11 @@ from foveate.attach.encoder_attention import (
 )
 from foveate.attach.encoder_joining import join_frames, joins, note_front
 from foveate.attach.encoder_lora import lora_handles
-from foveate.attach.encoder_pool import PooledTokens, refusing
+from foveate.attach.encoder_pool import around, refusing
 from foveate.attach.encoder_run import (
     EncoderRun,
     acts_at,
+    loses_some,
     recovered,
     restoring,
     states_left,
@@ -150,12 +151,7 @@ class EncoderStage(OfOneModel):
     def install(self, handles: list[Any]) -> None:
         """Register all hooks, adding them to `handles`."""
         tower = self.tower
-        start, end = tower.start or tower.module, tower.end or tower.module
-        handles.append(start.register_forward_pre_hook(self._start, with_kwargs=True))
-        if tower.pool is not None:
-            PooledTokens(tower.pool, end, lambda: self.run).install(handles)
-        for module in dict.fromkeys((end, tower.module)):
-            handles.append(module.register_forward_hook(self._finish, always_call=True))
+        handles += around(tower, self._start, self._finish, lambda: self.run)
         handles += [refusing(tower.module, name, self._is_active) for name in tower.refuses]
         for index, block in enumerate(tower.blocks):
             handles.append(
@@ -377,7 +373,7 @@ class EncoderStage(OfOneModel):
                 reduction = method.encoder(tokens, context)
             take_notes(run, number, method, context)
             if reduction is not None and not reduction.is_identity:
-                if method.encoder_drops and self.restore:
+                if method.encoder_drops and self.restore and loses_some(run, reduction):
                     run.left_BNC = states_left(run, tokens)
                 run.tokens = tokens.reduce(reduction)
                 x_BND, changed = run.tokens.x_BND, True

@@ -18,6 +18,7 @@ from foveate.core import (
     Evidence,
     Method,
     Reduction,
+    Spread,
     Tokens,
 )
 from foveate.core.flops import EncoderDims, encoder_flops
@@ -137,6 +138,13 @@ def states_left(run: EncoderRun, tokens: Tokens) -> torch.Tensor:
     if run.left_BNC is None:
         return latest_BNC
     return latest_BNC.where((tokens.reduction.groups_BN >= 0)[..., None], run.left_BNC)
+
+
+def loses_some(run: EncoderRun, reduction: Reduction) -> bool:
+    """Whether tokens may leave without having fed any that stays, in states not known yet."""
+    if run.left_BNC is None or not isinstance(reduction, Spread):
+        return True
+    return not bool((reduction.weight_BMR != 0).any(1).all())
 
 
 def take_notes(run: EncoderRun, number: int, method: Method, context: EncoderContext) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar, Literal, get_args
@@ -24,6 +25,8 @@ Partition = Literal["unimportant", "important", "alternate", "all"]
 
 #: Bytes of attention matrices that are held at once.
 _BYTES = 2**28
+#: Bytes of attention that may wait for the end of their block.
+_KEPT_BYTES = 2**26
 #: Numbers of attention that are voted along in one go on a CPU, whose second-level cache they fit.
 _CACHED = 5 * 2**16
 #: Votes have settled when none changes by more, of a mean of 1; looked at every so many rounds.
@@ -227,6 +230,7 @@ class ZeroTPrune(Method):
     )
     encoder_drops: ClassVar[bool] = True
     encoder_point: ClassVar = "block_end"
+    reads_values: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name in ("after", "ratios", "rounds"):  # JSON has no tuples.
@@ -258,11 +262,6 @@ class ZeroTPrune(Method):
         if not 0 <= self.low < self.high:
             raise ValueError(f"low must be below high, got {self.low} and {self.high}.")
 
-    @property
-    def reads_values(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Whether the block's values are needed."""
-        return self.feature == "values"
-
     def blocks(self, num_layers: int) -> tuple[int, ...]:
         """The 0-based block behind which each pruning layer acts; several may share one.
 
@@ -293,6 +292,21 @@ class ZeroTPrune(Method):
         if num_encoder_layers is not None:
             self.blocks(num_encoder_layers)
 
+    def encoder_attention(self, context: EncoderContext) -> torch.Tensor | None:
+        """Attention of a block behind which patches are pruned, made once for both. O(H M^2 d)."""
+        q_BHMd, k_BHMd = context.queries_BHNd, context.keys_BHNd
+        v_BHMd, size_BM = context.values_BHNd, context.size_BN
+        acts = context.layer in self.blocks(context.num_layers) and not context.budget.is_full
+        if not (acts and context.in_place) or q_BHMd is None or k_BHMd is None or v_BHMd is None:
+            return None
+        B, H, M, _ = q_BHMd.shape
+        if 4 * B * H * M * M > _KEPT_BYTES:
+            return None
+        bias = None if size_BM is None else size_BM[:, None, None].log()
+        attention = ops.attention_matrix(q_BHMd, k_BHMd, bias)
+        context.state["attention"] = attention
+        return attention.to(v_BHMd.dtype) @ v_BHMd
+
     def encoder(self, tokens: Tokens, context: EncoderContext) -> Reduction | None:
         """Prune behind one block, image by image; attention of at most 256 MiB at a time."""
         prefix, (B, M) = context.num_prefix, tokens.x_BND.shape[:2]
@@ -310,7 +324,7 @@ class ZeroTPrune(Method):
         feature_BMC = self._features(tokens, context)
         P = context.state.setdefault("patches", M - prefix)
         counts = self.schedule(P, context.budget)
-        mask_BM, size_BM = tokens.mask_BN, context.size_BN
+        mask_BM = tokens.mask_BN
         if mask_BM is None:
             mask_BM = torch.ones(B, M, dtype=torch.bool, device=tokens.device)
         # Images that entered with fewer patches lose in proportion.
@@ -318,15 +332,7 @@ class ZeroTPrune(Method):
         if share_B is None:
             share_B = context.state["share"] = mask_BM[:, prefix:].sum(1) / P
         keep, score = [], []
-        H = q_BHMd.shape[1]
-        step = min(B, max(1, _BYTES // max(H * M * M * 4, 1)))
-        dtype = torch.promote_types(q_BHMd.dtype, torch.float32)
-        room = torch.empty(step, H, M, M, dtype=dtype, device=q_BHMd.device)
-        for first in range(0, B, step):
-            part = slice(first, first + step)
-            bias = None if size_BM is None else size_BM[part, None, None].log()
-            q, k = q_BHMd[part], k_BHMd[part]
-            attention = ops.attention_matrix(q, k, bias, out=room[: len(q)])
+        for part, attention in self._attention(context, q_BHMd, k_BHMd):
             alive, importance = mask_BM[part], None
             for i in acting:
                 few_b2 = (
@@ -340,6 +346,26 @@ class ZeroTPrune(Method):
         score_BM = torch.cat(score)
         context.note("importance", lambda: pad(score_BM[:, prefix:], (prefix, 0), value=torch.nan))
         return select_tokens(torch.cat(keep))
+
+    @staticmethod
+    def _attention(
+        context: EncoderContext, q_BHMd: torch.Tensor, k_BHMd: torch.Tensor
+    ) -> Iterator[tuple[slice, torch.Tensor]]:
+        """The attention of some images at a time, and which they are."""
+        B, H, M, _ = q_BHMd.shape
+        known = context.state.pop("attention", None)
+        if known is not None and known.shape == (B, H, M, M):
+            yield slice(0, B), known
+            return
+        step = min(B, max(1, _BYTES // max(H * M * M * 4, 1)))
+        dtype = torch.promote_types(q_BHMd.dtype, torch.float32)
+        room = torch.empty(step, H, M, M, dtype=dtype, device=q_BHMd.device)
+        size_BM = context.size_BN
+        for first in range(0, B, step):
+            part = slice(first, min(first + step, B))
+            bias = None if size_BM is None else size_BM[part, None, None].log()
+            q, k = q_BHMd[part], k_BHMd[part]
+            yield part, ops.attention_matrix(q, k, bias, out=room[: len(q)])
 
     def _prune(
         self,
