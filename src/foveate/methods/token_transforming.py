@@ -63,7 +63,8 @@ def shares(
     if top is not None and top < logit_BMR.shape[1]:
         least_B1R = logit_BMR.topk(top, dim=1).values[:, -1:]
         logit_BMR = logit_BMR.masked_fill(logit_BMR < least_B1R, -torch.inf)
-    return logit_BMR.softmax(1)
+    # Shares of 1e-40 count for nothing, and slow every product that they enter down by ten times.
+    return torch.threshold(logit_BMR.softmax(1), 1e-30, 0.0)
 
 
 @dataclass(frozen=True)
