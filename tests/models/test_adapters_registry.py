@@ -59,8 +59,8 @@ def vip_llava() -> nn.Module:
 
 #: They have tests of their own: test_backbones.py here and test_backbone_methods.py.
 BACKBONES = ("mixste", "vision_mamba", "vis4mer")
-#: Likewise: test_timm_encoders.py.
-OTHERS = ("timm",)
+#: Likewise: test_timm_encoders.py and test_swin.py.
+OTHERS = ("timm", "swin")
 
 
 def test_all_families_are_listed_and_tested() -> None:

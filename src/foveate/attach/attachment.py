@@ -20,6 +20,7 @@ from foveate.attach.masks import refuse_unmasked
 from foveate.attach.reporting import CostModel, describe_budget, note_encoder
 from foveate.attach.single import OfOneModel
 from foveate.attach.tower_tap import BlockReads, block_reads
+from foveate.attach.windowed import WindowRun, WindowStage
 from foveate.core import SIGNALS, Budget, DensePrediction, Method, Recipe, Reduction, Report
 from foveate.errors import AttachmentError, MissingSignalError
 from foveate.models.adapter import Adapter
@@ -27,6 +28,7 @@ from foveate.models.backbone_adapters import BackboneAdapter
 from foveate.models.companion import Companion
 from foveate.models.encoders import EncoderAdapter
 from foveate.models.registry import adapter_for
+from foveate.models.swin import SwinAdapter
 from foveate.models.tower import VisionTower
 
 #: Modules that carry hooks of a live attachment: attaching twice would reduce twice.
@@ -227,6 +229,8 @@ class Attachment(OfOneModel):
         check_kinds(self.recipe, self._adapter)
         if isinstance(self._adapter, BackboneAdapter):
             self._attach_backbone(self._adapter, bool(restore))
+        elif isinstance(self._adapter, SwinAdapter):
+            self._attach_windows(self._adapter)
         elif isinstance(self._adapter, EncoderAdapter):
             self._attach_encoder_alone(self._adapter, bool(restore))
         else:
@@ -260,9 +264,27 @@ class Attachment(OfOneModel):
 
         stage.install(self._handles)
 
+    def _attach_windows(self, adapter: SwinAdapter) -> None:
+        self._refuse_outside()
+        stage = WindowStage(
+            adapter.parts(self.model),
+            self.recipe,
+            lambda i: self._budgets[i],
+            evidence=self.evidence,
+            seed=self.seed,
+        )
+
+        @stage.when_over
+        def finished(run: WindowRun) -> None:
+            self.report = self._new_report()
+            stage.describe(self.report, run)
+            self._encoder_reduction = run.reduction
+
+        stage.install(self._handles)
+
     # -- encoder alone --------------------------------------------------------------------------
 
-    def _attach_encoder_alone(self, adapter: EncoderAdapter, restore: bool) -> None:
+    def _refuse_outside(self) -> None:
         outside = [step for step in self.recipe if not {"patches", "encoder"} & set(step.stages)]
         if outside:
             raise AttachmentError(
@@ -270,6 +292,9 @@ class Attachment(OfOneModel):
                 f"{type(self.model).__name__} is an encoder alone. Use an encoder-stage method "
                 'such as "tome", or attach to a vision-language model.'
             )
+
+    def _attach_encoder_alone(self, adapter: EncoderAdapter, restore: bool) -> None:
+        self._refuse_outside()
         tower = adapter.tower(self.model)
         for step in self.recipe:
             step.method.check(len(tower.blocks), None)

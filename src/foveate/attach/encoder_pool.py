@@ -1,4 +1,4 @@
-"""Heads behind a shortened encoder that make one vector of all its tokens, and methods in the way.
+"""Both ends of a shortened encoder: heads that pool its tokens, and methods in the way.
 
 Legend: B images, M tokens left, C channels.
 """
@@ -16,7 +16,23 @@ from torch import nn
 from foveate.attach.encoder_run import EncoderRun
 from foveate.attach.single import OfOneModel
 from foveate.errors import AttachmentError
-from foveate.models.tower import TokenPool
+from foveate.models.tower import TokenPool, VisionTower
+
+
+def around(
+    tower: VisionTower,
+    start: Callable[..., Any],
+    finish: Callable[..., Any],
+    run: Callable[[], EncoderRun | None],
+) -> list[Any]:
+    """Hooks in front of an encoder and behind it, and for a head that pools what it gives."""
+    first, last = tower.start or tower.module, tower.end or tower.module
+    handles: list[Any] = [first.register_forward_pre_hook(start, with_kwargs=True)]
+    if tower.pool is not None:
+        PooledTokens(tower.pool, last, run).install(handles)
+    for module in dict.fromkeys((last, tower.module)):  # the latter also where a block has failed
+        handles.append(module.register_forward_hook(finish, always_call=True))
+    return handles
 
 
 def token_weights(run: EncoderRun | None) -> torch.Tensor | None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from foveate import ops
+from foveate.core.windows import ReadingBlock
 from foveate.ops.windows import Shape
 
 #: Rows and columns that a window reads on top of its own (kernel 10 for windows of 7).
@@ -80,6 +81,11 @@ class CrossBlock(nn.Module):
         self.layer_scale_1, self.layer_scale_2 = (
             nn.Parameter(torch.full((width,), scale)) for _ in range(2)
         )
+
+    @property
+    def inner(self) -> int:
+        """Width inside the MLP."""
+        return self.mlp.fc1.out_features
 
     def read(self, x_BMC: Tensor, read_BLC: Tensor) -> Tensor:
         """The attention branch alone: what its tokens read, scaled, [B, M, C]."""
@@ -163,11 +169,11 @@ class SemanticGroup(nn.Module):
 
     def __init__(
         self,
-        stgm1: CrossBlock,
-        stgm2: CrossBlock,
-        local: CrossBlock | None = None,
-        glob: CrossBlock | None = None,
-        recover: CrossBlock | None = None,
+        stgm1: ReadingBlock,
+        stgm2: ReadingBlock,
+        local: ReadingBlock | None = None,
+        glob: ReadingBlock | None = None,
+        recover: ReadingBlock | None = None,
         global_tokens: Tensor | None = None,
         window: Shape = (7, 7),
         cells: Shape = (3, 3),

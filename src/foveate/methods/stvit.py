@@ -18,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from foveate import ops
 from foveate.core import (
+    Budget,
     Card,
     EncoderContext,
     Method,
@@ -26,21 +27,36 @@ from foveate.core import (
     blocks_run,
     merged_groups,
 )
+from foveate.core.windows import WindowContext, WindowStep
 from foveate.methods._stvit_modules import CrossBlock, SemanticGroup, blocks_from_tensors
+from foveate.methods._stvit_windows import ROLES, cell_middles, group_step, group_tensors
 from foveate.methods.pool import pooled_shape
+
+#: Semantic tokens of a window of STViT-R: 3 x 3 of 7 x 7.
+PUBLISHED_SHARE = 9 / 49
 
 __all__ = ["CrossBlock", "STViT", "SemanticGroup", "blocks_from_tensors", "semantic_reduction"]
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=8)
 def _load(
-    path: Path, changed: int, heads: int, eps: float, device: torch.device, dtype: torch.dtype
+    path: Path,
+    changed: int,
+    heads: int,
+    eps: float,
+    device: torch.device,
+    dtype: torch.dtype,
+    group: int | None,
 ) -> tuple[dict[str, CrossBlock], torch.Tensor | None]:
     """The blocks and centres of a file; `changed` makes a rewritten file another one."""
     try:
         tensors = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"stvit: {path} is no safetensors file: {error}") from error
+    if group is not None:
+        tensors = group_tensors(tensors, group)
+        if not tensors:
+            return {}, None
     blocks, centres_1TC = blocks_from_tensors(tensors, heads, eps)
     for block in blocks.values():
         block.requires_grad_(False).to(device, dtype)
@@ -70,11 +86,7 @@ def semantic_reduction(
     share_TN = ops.cell_shares(plane, plane, cells).to(x_BMC.device)
     eye = torch.eye(prefix, device=x_BMC.device)
     matrix_MM = torch.block_diag(eye, share_TN) if prefix else share_TN
-    middle = [
-        (2 * torch.arange(num) + 1) * size // (2 * num)
-        for size, num in zip(plane, cells, strict=True)
-    ]
-    anchor_T = (middle[0][:, None] * plane[1] + middle[1]).flatten() + prefix
+    anchor_T = cell_middles(plane, plane, cells) + prefix
     anchor_M = torch.cat([torch.arange(prefix), anchor_T]).to(x_BMC.device)
     return Reduction.synthesise(
         torch.cat([x_BMC[:, :prefix], pooled_BTC], dim=1),
@@ -97,11 +109,17 @@ class STViT(Method):
     semantic ones: what STViT-R recovers dense features by, where full length is wanted. Without
     that, features are un-merged.
 
+    On Swin it is STViT-R: of every six blocks of the longest stage the first runs on image tokens,
+    two make semantic tokens of every window, one runs on those of a window, one on all of them, and
+    with the last the image tokens read them. The plane is whole again for what comes behind.
+
     Args:
         weights: a safetensors file with any of `global_tokens`, `stgm1.`, `stgm2.` and `recover.`,
-            named as released inside a block; None: training-free.
-        after: blocks on image tokens: a number, or a fraction of the depth.
-        num_heads: attention heads of the blocks in `weights`; 0: one for every 64 channels.
+            named as released inside a block; None: training-free. For Swin also `local.` and
+            `glob.`; those of several groups have `groups.0.`, `groups.1.`, ... in front.
+        after: blocks on image tokens: a number, or a fraction of the depth; not for Swin.
+        num_heads: attention heads of the blocks in `weights`; 0: one for every 64 channels, or as
+            many as Swin's own blocks have.
         eps: of their norms.
 
     Raises:
@@ -147,9 +165,12 @@ class STViT(Method):
             "training is ours: the encoder's own blocks stand in for the trained ones, and none of "
             "the published accuracy is to be expected.",
             "Where the two blocks stand in DeiT is not published: after 4 of 12 is ours.",
-            "Pooling is over the whole image, one window; windows, local attention and the groups "
-            "of STViT-R's Swin are in SemanticGroup beside this, a module for training; Swin "
-            "itself is not reduced.",
+            "Pooling is over the whole image, one window; on transformers' SwinModel it is over "
+            "every window, in groups of six blocks with recovery, as in STViT-R. The rest of the "
+            "encoder stays Swin's own (the published one has a convolutional stem).",
+            "Swin without weights: five blocks of a group lend their norms, projections and MLPs; "
+            "their tables of relative positions speak of image tokens and are left out. Blocks "
+            "behind the last whole group run as ever. This is ours.",
             "Pooled tokens keep their residual and learned centres are used, as in the paper; the "
             "released defaults switch both off.",
             "[CLS] and other prefix tokens are not pooled, read what semantic tokens read, and "
@@ -157,13 +178,14 @@ class STViT(Method):
             "A budget that is no rectangle of cells gets the largest one below it. Weights with "
             "learned centres are for as many cells as those, whatever the default budget.",
             "What image tokens cost while they are read is in the report's FLOPs.",
-            "STViT-R recovers inside the network and goes on; here the trained block recovers "
-            "behind the last one, from the image tokens as they were before pooling.",
+            "STViT-R recovers inside the network and goes on; except on Swin, the trained block "
+            "recovers behind the last one, from the image tokens as they were before pooling.",
         ),
         retain=16 / 196,
     )
     reads_values: ClassVar[bool] = True
     encoder_point: ClassVar = ("block_start", "block_end")
+    window_group: ClassVar[int] = 6
 
     def __post_init__(self) -> None:
         if not self.after > 0:
@@ -256,7 +278,7 @@ class STViT(Method):
                 f"stvit pools whole planes of patches, and {N} tokens of an image are no plane of "
                 f"{plane[0]} x {plane[1]}: no other method can shorten the encoder before it."
             )
-        cells = self._cells(plane, x_BMC, context)
+        cells = self._cells(plane, plane, self._trained(x_BMC)[1], context.budget)
         if cells[0] * cells[1] >= N:
             return None
         reduction = semantic_reduction(x_BMC, prefix, plane, cells)
@@ -266,36 +288,69 @@ class STViT(Method):
         context.note("groups", lambda: merged_groups(reduction), "label", "pooled together")
         return reduction
 
-    def _cells(
-        self, plane: tuple[int, int], x_BMC: torch.Tensor, context: EncoderContext
-    ) -> tuple[int, int]:
-        _, centres_1TC = self._trained(x_BMC)
-        keep = max(1, context.budget.count(plane[0] * plane[1]))
-        if centres_1TC is not None:
-            num = centres_1TC.shape[1]
-            if context.budget.published:
-                keep = num
-            if (cells := pooled_shape(*plane, keep))[0] * cells[1] == num:
-                return cells
-            raise ValueError(
-                f"The weights {self.weights} have {num} learned centres; {keep} semantic tokens of "
-                f"a plane of {plane[0]} x {plane[1]} were asked for."
-            )
-        return pooled_shape(*plane, keep)
+    # -- on windows ------------------------------------------------------------------------------
 
-    def _trained(self, x_BMC: torch.Tensor) -> tuple[dict[str, CrossBlock], torch.Tensor | None]:
-        """The blocks and the learned centres of the weights."""
+    def encoder_windows(self, x_BNC: torch.Tensor, context: WindowContext) -> WindowStep | None:
+        """Five blocks of a group on semantic tokens of windows, image tokens again behind them."""
+        if self.after != STViT.after:
+            raise ValueError(
+                f"after = {self.after}: on Swin the first of every six blocks runs on image "
+                "tokens, as published; leave after out."
+            )
+        plane, window = context.plane, context.window
+        trained, centres_1TC = self._trained(x_BNC, context.num_heads, context.group)
+        cells = self._cells(plane, window, centres_1TC, context.budget, PUBLISHED_SHARE)
+        if cells == window:
+            return None
+        blocks = dict(zip(ROLES, context.blocks, strict=True)) | trained
+        step = group_step(x_BNC, plane, window, cells, blocks, centres_1TC)
+        context.note("groups", lambda: merged_groups(step.reduction), "label", "pooled together")
+        return step
+
+    # -- semantic tokens and weights -------------------------------------------------------------
+
+    def _cells(
+        self,
+        plane: tuple[int, int],
+        window: tuple[int, int],
+        centres_1TC: torch.Tensor | None,
+        budget: Budget,
+        published: float | None = None,
+    ) -> tuple[int, int]:
+        """Rows and columns of semantic tokens in a window."""
+        size = window[0] * window[1]
+        windows = plane[0] * plane[1] // size
+        keep = budget.count(windows * size) // windows
+        if published is not None and budget.published:
+            keep = round(published * size)
+        if centres_1TC is None:
+            return pooled_shape(*window, max(1, keep))
+        num = centres_1TC.shape[1]
+        if budget.published:
+            keep = num // windows
+        cells = pooled_shape(*window, max(1, keep))
+        if cells[0] * cells[1] * windows == num:
+            return cells
+        raise ValueError(
+            f"The weights {self.weights} have {num} learned centres; {max(1, keep) * windows} "
+            f"semantic tokens of a plane of {plane[0]} x {plane[1]} were asked for."
+        )
+
+    def _trained(
+        self, x_BMC: torch.Tensor, heads: int = 0, group: int | None = None
+    ) -> tuple[dict[str, CrossBlock], torch.Tensor | None]:
+        """The blocks and the learned centres of the weights, or of one group of them."""
         if self.weights is None:
             return {}, None
         self.check(None, None)
         path, width = Path(self.weights).expanduser().resolve(), x_BMC.shape[2]
-        heads = self.num_heads or max(1, width // 64)
+        heads = self.num_heads or heads or max(1, width // 64)
         blocks, centres_1TC = _load(
-            path, path.stat().st_mtime_ns, heads, self.eps, x_BMC.device, x_BMC.dtype
+            path, path.stat().st_mtime_ns, heads, self.eps, x_BMC.device, x_BMC.dtype, group
         )
         widths = {len(block.layer_scale_1) for block in blocks.values()}
         widths |= set() if centres_1TC is None else {centres_1TC.shape[2]}
-        if widths != {width}:
+        if widths - {width}:
             raise ValueError(
                 f"The weights {self.weights} are for an encoder of width {sorted(widths)}; this "
                 f"one's is {width}."

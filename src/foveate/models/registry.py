@@ -47,6 +47,7 @@ _ADAPTERS: dict[str, AdapterEntry] = {
     "dinov2": _entry("encoders:Dinov2Adapter", "dinov2", "dinov2_with_registers"),
     "clip": _entry("encoders:CLIPAdapter", "clip", "clip_vision_model"),
     "timm": _entry("timm_encoders:TimmAdapter", "timm_wrapper"),
+    "swin": _entry("swin:SwinAdapter", "swin"),
     "mixste": _entry("backbone_adapters:MixSTEAdapter", "mixste"),
     "vision_mamba": _entry("backbone_adapters:VisionMambaAdapter", "vision_mamba"),
     "vis4mer": _entry("backbone_adapters:ViS4merAdapter", "vis4mer"),

@@ -375,21 +375,21 @@ def lay_out(
     Raises:
         UnsupportedModelError: a part is missing.
     """
-    blocks = tuple(_resolve(module, spec.blocks).children())
-    attentions = tuple(_resolve(block, (spec.attention,)) for block in blocks)
+    blocks = tuple(submodule(module, spec.blocks).children())
+    attentions = tuple(submodule(block, (spec.attention,)) for block in blocks)
     heads, head_dim = _head_shape(attentions[0])
     norms = spec.head_norms
     return VisionTower(
         module=module,
         blocks=blocks,
         attentions=attentions,
-        mlp_inputs=tuple(_resolve(block, (spec.mlp_input,)) for block in blocks),
-        mlp_outputs=tuple(_resolve(block, (spec.mlp_output,)) for block in blocks),
+        mlp_inputs=tuple(submodule(block, (spec.mlp_input,)) for block in blocks),
+        mlp_outputs=tuple(submodule(block, (spec.mlp_output,)) for block in blocks),
         taps=tuple(
-            {key: _resolve(block, paths) for key, paths in spec.taps.items()} for block in blocks
+            {key: submodule(block, paths) for key, paths in spec.taps.items()} for block in blocks
         ),
         gains=tuple(getattr(block, spec.gain) if spec.gain else None for block in blocks),
-        attention_outputs=tuple(_resolve(block, spec.attention_output) for block in blocks),
+        attention_outputs=tuple(submodule(block, spec.attention_output) for block in blocks),
         num_heads=heads,
         head_dim=head_dim,
         num_prefix=num_prefix,
@@ -397,12 +397,12 @@ def lay_out(
         packed=spec.packed,
         feature_block=_feature_block(feature_layer, len(blocks)),
         patch_size=patch_size,
-        attention_inputs=tuple(_resolve(block, (spec.attention_input,)) for block in blocks)
+        attention_inputs=tuple(submodule(block, (spec.attention_input,)) for block in blocks)
         if spec.attention_input
         else (),
         projections=tuple(_projections(block, spec) for block in blocks),
         head_norms=tuple(
-            {key: _resolve(block, (path,)) for key, path in norms.items()} for block in blocks
+            {key: submodule(block, (path,)) for key, path in norms.items()} for block in blocks
         )
         if norms
         else (),
@@ -412,8 +412,8 @@ def lay_out(
 def _projections(block: nn.Module, spec: VisionLayout) -> dict[str, tuple[nn.Module, ...]]:
     if spec.key_value is not None:
         chains = spec.key_value.items()
-        return {name: tuple(_resolve(block, (p,)) for p in chain) for name, chain in chains}
-    return {name: (_resolve(block, spec.taps[name]),) for name in "kv" if name in spec.taps}
+        return {name: tuple(submodule(block, (p,)) for p in chain) for name, chain in chains}
+    return {name: (submodule(block, spec.taps[name]),) for name in "kv" if name in spec.taps}
 
 
 def _require(
@@ -435,7 +435,12 @@ def pair(value: Any) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def _resolve(module: nn.Module, paths: tuple[str, ...]) -> nn.Module:
+def submodule(module: nn.Module, paths: tuple[str, ...]) -> nn.Module:
+    """The first of the submodules that exists.
+
+    Raises:
+        UnsupportedModelError: none does.
+    """
     for path in paths:
         try:
             return module.get_submodule(path)
