@@ -139,6 +139,12 @@ def test_a_film_among_pictures_is_refused() -> None:
         show_pictures([], "tome", encoder=encoder())
 
 
+def test_pictures_of_sixteen_bits_are_not_white(tmp_path: Path) -> None:
+    grey = np.asarray(picture().convert("L"))
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    assert (open_clip(tmp_path / "deep.png").sample(1).pixels[0, 1].numpy() == grey).all()
+
+
 def test_a_picture_is_known_by_its_first_bytes_too(tmp_path: Path) -> None:
     path = tmp_path / "upload"
     picture().save(path, "PNG")

@@ -30,7 +30,7 @@ def open_clip(source: Any, *, isolate: bool = False) -> Clip:
 
     try:
         with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image).convert("RGB")
+            upright = _in_colours(ImageOps.exif_transpose(image))
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise UnsupportedVideoError(
             f"cannot read the picture ({error})", source=str(path)
@@ -38,6 +38,17 @@ def open_clip(source: Any, *, isolate: bool = False) -> Clip:
     clip = Clip([upright])
     clip.name = path.name
     return clip
+
+
+def _in_colours(image: Any) -> Any:
+    """A picture in RGB; Pillow alone would turn one of 16 bits white."""
+    if image.mode.startswith("I"):
+        import numpy as np
+        from PIL import Image
+
+        deep_HW = np.asarray(image).astype(np.int64).clip(0, 65535)
+        image = Image.fromarray((deep_HW >> 8).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def is_picture(path: Path) -> bool:
