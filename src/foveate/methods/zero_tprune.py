@@ -406,9 +406,7 @@ class ZeroTPrune(Method):
             alive_BP: which patches there are.
             drop_B: how many to remove, at most as many as may be.
         """
-        half_B1 = (alive_BP.sum(1, keepdim=True) + 1) // 2
-        rank_BP = ops.ranks(vote_BP, mask=alive_BP)
-        important_BP = alive_BP & (rank_BP < half_B1)
+        important_BP = _best(vote_BP, (alive_BP.sum(1) + 1) // 2, alive_BP)
         order_BP = alive_BP.long().cumsum(1) - 1
         candidate_BP, reference_BP = {
             "unimportant": (alive_BP & ~important_BP, important_BP),
@@ -441,4 +439,9 @@ def _likeness(feature_BPC: torch.Tensor, metric: str | float) -> torch.Tensor:
 def _best(score_BP: torch.Tensor, keep_B: torch.Tensor, mask_BP: torch.Tensor) -> torch.Tensor:
     """The best `keep_B` of every image among those of the mask, bool [B, P]."""
     num_B = torch.minimum(keep_B, mask_BP.sum(1))
-    return (ops.ranks(score_BP, mask=mask_BP) < num_B[:, None]) & mask_BP
+    # All scores of the mask are finite, so that one sort does, where `ops.ranks` needs three.
+    order_BP = score_BP.masked_fill(~mask_BP, -torch.inf).argsort(
+        dim=1, descending=True, stable=True
+    )
+    first_BP = torch.arange(order_BP.shape[1], device=order_BP.device) < num_B[:, None]
+    return torch.zeros_like(mask_BP).scatter_(1, order_BP, first_BP)
