@@ -23,13 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from foveate.attach.encoder_attention import (
-    answer,
-    outside_reader,
-    rewrite_hook,
-    rewriting,
-    size_hook,
-)
+from foveate.attach.encoder_attention import Rewriting, outside_reader, rewriting, size_hook
 from foveate.attach.encoder_joining import join_frames, joins, note_front
 from foveate.attach.encoder_lora import lora_handles
 from foveate.attach.encoder_pool import around, refusing
@@ -160,8 +154,8 @@ class EncoderStage(OfOneModel):
             observe = self._on_attention(index)
             tap = TowerTap(tower, index, observe, self.reads_values)
             handles += tap.handles
-            asked = self._rewriters(index, tap) if rewriting(self.steps) else None
-            asking = None if asked is None else self._asking(asked)
+            own = self._rewriting(index, tap) if rewriting(self.steps) else None
+            asking = None if own is None else own.asking
             # First of all, so that whoever records this attention sees the weights it works with.
             handles.append(
                 tower.attentions[index].register_forward_pre_hook(
@@ -172,9 +166,9 @@ class EncoderStage(OfOneModel):
             )
             for number, method in self.steps:
                 handles += lora_handles(tower, index, method, self._is_acting(number))
-            if asked is not None:
-                hook = rewrite_hook(lambda asked=asked: [] if self._answered() else asked(False))
-                handles.append(tower.attention_outputs[index].register_forward_pre_hook(hook))
+            if own is not None:
+                output = tower.attention_outputs[index]
+                handles.append(output.register_forward_pre_hook(own.before_output))
             handles.append(
                 tower.mlp_inputs[index].register_forward_pre_hook(self._before_mlp(index))
             )
@@ -235,12 +229,9 @@ class EncoderStage(OfOneModel):
     def _is_acting(self, number: int) -> Callable[[], bool]:
         return lambda: self.run is not None and not self.budget(number).is_full
 
-    def _rewriters(
-        self, index: int, tap: TowerTap
-    ) -> Callable[[bool], list[tuple[Method, EncoderContext]]]:
-        def asked(in_place: bool) -> list[tuple[Method, EncoderContext]]:
-            run = self.run
-            if run is None or run.restored or index > self.tower.feature_block:
+    def _rewriting(self, index: int, tap: TowerTap) -> Rewriting:
+        def contexts(run: EncoderRun) -> list[tuple[Method, EncoderContext]]:
+            if index > self.tower.feature_block:
                 return []
             self._on_attention(index)(*tap.so_far())
             captured = run.captured or (None, None, None)
@@ -248,45 +239,12 @@ class EncoderStage(OfOneModel):
                 captured = tuple(x if x is None else run.packing.unpack_heads(x) for x in captured)
             shape = (run.num_images, run.num_tokens)
             return [
-                (
-                    method,
-                    replace(
-                        self._context(run, number, method, index, captured, shape),
-                        in_place=in_place,
-                    ),
-                )
+                (method, self._context(run, number, method, index, captured, shape))
                 for number, method in rewriting(self.steps)
                 if not self.budget(number).is_full
             ]
 
-        return asked
-
-    def _asking(
-        self, asked: Callable[[bool], list[tuple[Method, EncoderContext]]]
-    ) -> Callable[[torch.Tensor], Callable[[], torch.Tensor | None] | None]:
-        """What is asked in the place of the fused kernel, see `size_hook`."""
-
-        def asking(x_BND: torch.Tensor) -> Callable[[], torch.Tensor | None] | None:
-            run = self.run
-            if run is None or run.restored or run.packing is not None:
-                return None
-            run.answered = False
-            # Elsewhere the kernel is faster than anything beside it, or gradients run through it.
-            fused = getattr(getattr(self.tower.module, "config", None), "_attn_implementation", "")
-            if fused != "sdpa" or x_BND.device.type != "cpu" or torch.is_grad_enabled():
-                return None
-
-            def ask() -> torch.Tensor | None:
-                run.answered = True
-                width = self.tower.num_heads * self.tower.head_dim
-                return answer(asked(True), (*x_BND.shape[:2], width))
-
-            return ask
-
-        return asking
-
-    def _answered(self) -> bool:
-        return self.run is not None and self.run.answered
+        return Rewriting(self.tower, lambda: self.run, contexts)
 
     def _before_mlp(self, index: int) -> Callable:
         def hook(module: nn.Module, args: tuple) -> Any:

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from foveate.attach.encoder_run import EncoderRun
+from foveate.attach.single import OfOneModel
 from foveate.core import EncoderContext, Method
 from foveate.core.method import overrides
 from foveate.errors import AttachmentError
@@ -74,23 +76,51 @@ def answer(
     return found_BHNd
 
 
-def rewrite_hook(
-    asked: Callable[[], list[tuple[Method, EncoderContext]]],
-) -> Callable[[nn.Module, tuple], Any]:
-    """A pre-hook for the output projection of a block's attention.
+class Rewriting(OfOneModel):
+    """What asks the methods that compute attention, in one block.
 
     Args:
-        asked: the methods to ask in the running call, with what each may read.
+        tower: the encoder.
+        run: gives the running call.
+        contexts: gives the methods to ask in it, with what each may read.
     """
 
-    def hook(module: nn.Module, args: tuple) -> Any:
-        own_BNC, *rest = args
-        out_BHNd = answer(asked(), tuple(own_BNC.shape))
+    def __init__(
+        self,
+        tower: VisionTower,
+        run: Callable[[], EncoderRun | None],
+        contexts: Callable[[EncoderRun], list[tuple[Method, EncoderContext]]],
+    ) -> None:
+        self.tower, self.run, self.contexts = tower, run, contexts
+        self.width = tower.num_heads * tower.head_dim
+
+    def asking(self, x_BND: torch.Tensor) -> Callable[[], torch.Tensor | None] | None:
+        """What is to be asked in the place of the fused kernel, see `size_hook`."""
+        run = self.run()
+        if run is None or run.restored or run.packing is not None:
+            return None
+        run.answered = False
+        # Elsewhere the kernel is faster than anything beside it, or gradients run through it.
+        fused = getattr(getattr(self.tower.module, "config", None), "_attn_implementation", "")
+        if fused != "sdpa" or x_BND.device.type != "cpu" or torch.is_grad_enabled():
+            return None
+
+        def ask() -> torch.Tensor | None:
+            run.answered = True
+            asked = [(m, replace(c, in_place=True)) for m, c in self.contexts(run)]
+            return answer(asked, (*x_BND.shape[:2], self.width))
+
+        return ask
+
+    def before_output(self, module: nn.Module, args: tuple) -> Any:
+        """A pre-hook for the projection behind attention, whose kernel has run."""
+        run, (own_BNC, *rest) = self.run(), args
+        if run is None or run.restored or run.answered:
+            return None
+        out_BHNd = answer(self.contexts(run), tuple(own_BNC.shape))
         if out_BHNd is None:
             return None
         return (out_BHNd.transpose(1, 2).flatten(2).to(own_BNC.dtype), *rest)
-
-    return hook
 
 
 class AskingMask(torch.Tensor):

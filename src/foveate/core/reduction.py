@@ -516,14 +516,9 @@ class Reduction:
         self, earlier: Reduction, anchor_BM: torch.Tensor, mask_BM: torch.Tensor | None
     ) -> Reduction:
         """`earlier` followed by this one, where only a matrix says what becomes of a token."""
-        return Reduction(
-            "transform",
-            earlier.num_in,
-            anchor_BM,
-            mask_BM,
-            matrix_BMN=self._product(earlier),
-            conserve=earlier.conserve and self.conserve,
-        )
+        conserve, matrix_BMN = earlier.conserve and self.conserve, self._product(earlier)
+        made = Reduction("transform", earlier.num_in, anchor_BM, mask_BM, conserve=conserve)
+        return replace(made, matrix_BMN=matrix_BMN)
 
     def _product(self, earlier: Reduction) -> torch.Tensor:
         """Matrix of `earlier` followed by this one, dense [B, M, N]."""
