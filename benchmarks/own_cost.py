@@ -383,7 +383,9 @@ INTRO = """What every method costs itself, as a share of the time that it saves.
   values that a method keeps until a later stage come on top.
 - Figures are CPU time of all threads, medians, in float32: it varies least on a busy machine, and
   threads that wait are not counted. On a GPU the shares are different: layers are faster by a
-  greater factor than sorting and indexing."""
+  greater factor than sorting and indexing.
+- Whole encoders under each method, and backbones that are no part of these models (`hot`, `tovim`,
+  `s5`), are timed in [Vision encoders](encoders.md#how-fast)."""
 
 
 def _about(shape: Row) -> str:
