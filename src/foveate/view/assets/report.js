@@ -66,8 +66,9 @@
           patches += mine;
         }
         const span = planes.length > 1 ? `${planes[0]} to ${planes.at(-1)}` : planes[0];
-        say.textContent = `Token ${g} stands for ${patches} patch${patches > 1 ? "es" : ""} in ` +
-          `${planes.length} frame${planes.length > 1 ? "s" : ""}, ${span}`;
+        say.textContent = `Token ${g} stands for ${patches} patch${patches > 1 ? "es" : ""}`;
+        if (views.length > 1)
+          say.textContent += ` in ${planes.length} frame${planes.length > 1 ? "s" : ""}, ${span}`;
       }
       const more = root.evidenceAt ? root.evidenceAt(v.node, r, c) : "";
       if (more) say.textContent += ` · ${more}`;
