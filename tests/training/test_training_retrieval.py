@@ -204,6 +204,10 @@ def test_updates_alone_learn_behind_the_second_stage(tmp_path: Path) -> None:
     state = torch.load(folder / "clips.pt", weights_only=True)["modules"]
     for name, x in state["clip"].items():
         assert torch.equal(trained[f"clip.{name}"], x)
+    for stage in ("centerclip", "random"):  # copies, which have gone on
+        gone_BD = trained[f"{stage}.visual_projection.weight"]
+        moved = (gone_BD - trained["clip.visual_projection.weight"]).abs().max()
+        assert 0 < moved < 0.1
     learned = [
         name
         for name, x in state["tempme"].items()

@@ -5,6 +5,7 @@ Legend: B clips, F frames of each, N held-out clips, E embedding size.
 
 from __future__ import annotations
 
+import copy
 import math
 import tempfile
 import time
@@ -23,7 +24,7 @@ from transformers import CLIPModel
 import foveate
 from foveate.attach.attachment import Attachment
 from foveate.core import Method
-from foveate.methods.centerclip import CenterCLIP
+from foveate.methods.centerclip import Algorithm, CenterCLIP
 from foveate.methods.tempme import TempMe
 from foveate.training.loop import Tell
 from foveate.training.sizes import Stage
@@ -42,11 +43,21 @@ from foveate.training.tasks.retrieval_model import (
 )
 
 #: Numbers of the streams of random clips.
-_STREAMS = {"frames": 0, "clips": 1, "unmerged": 2, "tempme": 2, "held-out": 3}
+_STREAMS = {
+    "frames": 0,
+    "clips": 1,
+    "unmerged": 2,
+    "tempme": 2,
+    "centerclip": 2,
+    "random": 2,
+    "held-out": 3,
+}
 _BATCH = 20  # held-out clips embedded at once
 _METRIC = "text-to-video R@1 (%)"
 #: Fractions of the patches that CenterCLIP keeps: the published one, and few.
 SHARES = (1 / 3, 1 / 12)
+#: Stages that fine-tune a copy with patches clustered, and with random ones in place of medoids.
+SAMPLED: dict[str, Algorithm] = {"centerclip": "k_medoids", "random": "random"}
 _NAMING = 8.0  # weight of naming objects
 _NEAR = 2.0  # points that TempMe may lose
 #: The largest logit scale of CLIP.
@@ -56,9 +67,10 @@ _MOST_SCALE = math.log(100)
 class Retrieval(Task):
     """Captions of clips of moving shapes, and a CLIP that finds the clip of a caption.
 
-    The first stage trains the CLIP on single frames, the second on the mean of a clip's frames. The
-    others train low-rank updates with everything else frozen, equally long on the same clips: of
-    all tokens, and with TempMe in place.
+    The first stage trains the CLIP on single frames, the second on the mean of a clip's frames. Two
+    train low-rank updates with everything else frozen, without merging and with TempMe in place;
+    two train copies of the CLIP, with CenterCLIP and with random tokens in place of medoids; all
+    four equally long on the same clips.
 
     Example:
         >>> task = Retrieval("tiny")
@@ -79,14 +91,16 @@ class Retrieval(Task):
             "clips": Stage(2, 2, 1e-3, 1) if tiny else Stage(50, 64, 1e-3, 10),
             "unmerged": Stage(2, 2, 3e-3, 1) if tiny else Stage(40, 32, 2e-3, 10),
             "tempme": Stage(2, 2, 3e-3, 1) if tiny else Stage(40, 32, 2e-3, 10),
+            "centerclip": Stage(2, 2, 1e-3, 1) if tiny else Stage(40, 32, 1e-3, 10),
+            "random": Stage(2, 2, 1e-3, 1) if tiny else Stage(40, 32, 1e-3, 10),
         }
         self.vision, self.text = ((32, 4, 2), (32, 1, 2)) if tiny else ((96, 8, 3), (64, 2, 2))
         self.tempme = TempMe(layers=(1, 2, 3) if tiny else (5, 6, 7), clip_frames=FRAMES)
-        self.clips = 20 if tiny else 1000
+        self.clips = 20 if tiny else 600
         self.rounds = 0 if tiny else 9  # of the timing
 
     def build(self) -> dict[str, nn.Module]:
-        """The CLIP, and low-rank updates of it: of all tokens, and those of TempMe."""
+        """The CLIP; low-rank updates, without merging and of TempMe; copies for CenterCLIP."""
         clip = make_clip(self.vision, self.text)
         clip.set_attn_implementation("eager")  # on a CPU the fused kernel's gradient is slow
         return {
@@ -94,13 +108,20 @@ class Retrieval(Task):
             "objects": nn.Linear(self.vision[0], COLOR_FACTS),
             "unmerged": Updates(clip),
             "tempme": Updates(clip, self.tempme, FRAMES),
+            "centerclip": copy.deepcopy(clip),
+            "random": copy.deepcopy(clip),
         }
 
     def groups(self, stage: str, modules: dict[str, nn.Module]) -> list[tuple[nn.Module, float]]:
-        """The CLIP first, then updates alone."""
+        """The CLIP first, then updates alone, then each copy."""
         if stage == "frames":
             return [(modules["clip"], 1.0), (modules["objects"], 1.0)]
         return [(modules[stage if stage in modules else "clip"], 1.0)]
+
+    def begin(self, stage: str, modules: dict[str, nn.Module]) -> None:
+        """Give the copies what the CLIP has learned."""
+        if stage in SAMPLED:
+            modules[stage].load_state_dict(modules["clip"].state_dict())
 
     def batch(self, stage: str, step: int) -> dict[str, Tensor]:
         """Clips with captions: "pixels" uint8 [B, F, 3, H, W], "words" int64 [B, L]."""
@@ -113,10 +134,9 @@ class Retrieval(Task):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Symmetric cross-entropy of the similarities of all clips and captions of the batch.
 
-        The first stage also names shape and places of the object of every colour, which makes
-        learning from few frames several times faster.
+        The first stage also names shape and places of the object of every colour.
         """
-        clip = cast(CLIPModel, modules["clip"])
+        clip = _model(stage, modules)
         with self._as_trained(stage, modules):
             cls_BfD = cls_of_clips(clip, batch["pixels"], FRAMES if stage == "tempme" else 1)
             clip_BE = project(clip, cls_BfD)
@@ -132,8 +152,13 @@ class Retrieval(Task):
 
     @contextmanager
     def _as_trained(self, stage: str, modules: dict[str, nn.Module]) -> Iterator[None]:
-        """The CLIP with the updates of a stage, and with TempMe in its own."""
-        clip = cast(CLIPModel, modules["clip"])
+        """The CLIP with the method or the updates of a stage."""
+        clip = _model(stage, modules)
+        if stage in SAMPLED:
+            method = CenterCLIP(algorithm=SAMPLED[stage], clip_frames=FRAMES)
+            with foveate.reduce(clip, method, retain=SHARES[0]):
+                yield
+            return
         if stage not in modules:
             yield
             return
@@ -149,15 +174,16 @@ class Retrieval(Task):
 
     def after_step(self, stage: str, modules: dict[str, nn.Module]) -> None:
         """Bound the scale of the logits as CLIP does."""
-        scale = cast(CLIPModel, modules["clip"]).logit_scale
+        scale = _model(stage, modules).logit_scale
         scale.data.clamp_(max=_MOST_SCALE)
 
     # -- measurement ------------------------------------------------------------------------------
 
     def measure(self, modules: dict[str, nn.Module], tell: Tell) -> list[Outcome]:
         """Retrieval among held-out clips: untouched, with CenterCLIP and with TempMe."""
-        clip = cast(CLIPModel, modules["clip"])
-        clip.set_attn_implementation("sdpa")  # the fused kernel, whose forward pass is fast
+        clips = [_model(stage, modules) for stage in ("", *SAMPLED)]
+        for clip in clips:
+            clip.set_attn_implementation("sdpa")  # the fused kernel, whose forward pass is fast
         with tempfile.TemporaryDirectory() as folder:
             weights = str(Path(folder) / "tempme.safetensors")
             save_updates(cast(Updates, modules["tempme"]), weights)
@@ -169,17 +195,24 @@ class Retrieval(Task):
                 tell("evaluation", number + 1, len(entries), {})
             by_name = {entry.name: entry for entry in entries}
             speed = self._speed(modules, by_name, held_out[0]["pixels"])
-        clip.set_attn_implementation("eager")
+        for clip in clips:
+            clip.set_attn_implementation("eager")
         return _outcomes(entries, found, speed)
 
     def _entries(self, weights: str) -> list[_Entry]:
         """What is measured, in the order of the rows."""
         rows = [_Entry("untouched")]
         for share in SHARES:
-            for algorithm in ("k_medoids", "random", "uniform"):
+            for algorithm in SAMPLED.values():
                 method = CenterCLIP(algorithm=algorithm, clip_frames=FRAMES)
                 seeds = (0, 1) if algorithm == "random" else (0,)
-                rows.append(_Entry(_centerclip(algorithm, share), method, share, seeds=seeds))
+                name = _centerclip(algorithm, share) + ", no training"
+                rows.append(_Entry(name, method, share, seeds=seeds))
+        for stage, algorithm in SAMPLED.items():
+            method = CenterCLIP(algorithm=algorithm, clip_frames=FRAMES)
+            seeds = (0, 1) if algorithm == "random" else (0,)
+            name = _centerclip(algorithm)
+            rows.append(_Entry(name, method, SHARES[0], updates=stage, seeds=seeds))
         trained = replace(self.tempme, weights=weights)
         return [
             *rows,
@@ -193,9 +226,9 @@ class Retrieval(Task):
         self, entry: _Entry, modules: dict[str, nn.Module], seed: int
     ) -> Iterator[Attachment | None]:
         """The CLIP as an entry asks for it."""
-        clip = cast(CLIPModel, modules["clip"])
+        clip = _model(entry.updates, modules)
         with ExitStack() as stack:
-            if entry.updates:
+            if entry.updates and entry.updates not in SAMPLED:
                 updates = cast(Updates, modules[entry.updates])
                 stack.enter_context(updated(clip.text_model, updates.text))
                 if entry.method is None:
@@ -211,7 +244,7 @@ class Retrieval(Task):
         self, entry: _Entry, modules: dict[str, nn.Module], held_out: list[dict[str, Tensor]]
     ) -> _Found:
         """Which captions find their clip, and what the clips cost."""
-        clip = cast(CLIPModel, modules["clip"])
+        clip = _model(entry.updates, modules)
         device = clip.logit_scale.device
         hits, back, tokens, share = [], [], 1.0, 1.0
         for seed in entry.seeds:
@@ -240,8 +273,7 @@ class Retrieval(Task):
         self, modules: dict[str, nn.Module], entries: dict[str, _Entry], pixels: Tensor
     ) -> dict[str, float]:
         """How many times faster clips are embedded with a method: medians of alternating runs."""
-        clip = cast(CLIPModel, modules["clip"])
-        pixels = pixels.to(clip.logit_scale.device)
+        pixels = pixels.to(_model("", modules).logit_scale.device)
         timed = {name: entries[name] for name in ("untouched", _centerclip(), "tempme")}
         seconds: dict[str, list[float]] = {name: [] for name in timed}
         for _ in range(self.rounds):
@@ -249,16 +281,20 @@ class Retrieval(Task):
                 with self._attached(entry, modules, 0):
                     began = time.perf_counter()
                     # Reading the result waits for an accelerator.
-                    embed_clips(clip, pixels, entry.cls_rows).sum().item()
+                    embed_clips(_model(entry.updates, modules), pixels, entry.cls_rows).sum().item()
                     seconds[name].append(time.perf_counter() - began)
         if not self.rounds:
             return {}
         return {name: median(seconds["untouched"]) / median(x) for name, x in seconds.items()}
 
 
+def _model(stage: str, modules: dict[str, nn.Module]) -> CLIPModel:
+    return cast(CLIPModel, modules[stage if stage in SAMPLED else "clip"])
+
+
 @dataclass(frozen=True)
 class _Entry:
-    """What a row is measured on: a method, its budget, and the updates of which stage."""
+    """What a row is measured on: a method, its budget, and what which stage has trained for it."""
 
     name: str
     method: Method | None = None
@@ -292,13 +328,17 @@ def _outcomes(entries: list[_Entry], found: list[_Found], speed: dict[str, float
     unmerged = max(
         (by_name["untouched"], by_name["untouched, fine-tuned alike"]), key=lambda one: one.value
     )
-    randoms = {_centerclip(share=s): by_name[_centerclip("random", s)] for s in SHARES}
+    untrained = ", no training"
+    pairs = {_centerclip(): _centerclip("random")}
+    for share in SHARES:
+        pairs[_centerclip(share=share) + untrained] = _centerclip("random", share) + untrained
     rows = []
     for name, one in by_name.items():
         bar, met, gap = "", None, ""
-        if name in randoms:
-            bar, met = "better than random tokens", one.value > randoms[name].value
-            gap = _versus(one, randoms[name], "random tokens")
+        if name in pairs:
+            other = by_name[pairs[name]]
+            bar, met = "better than random tokens", one.value > other.value
+            gap = _versus(one, other, "random tokens")
         elif name == "tempme":
             bar = "within 2 points of no merging, at most 20 % of the tokens"
             met = one.value >= unmerged.value - _NEAR and one.tokens <= 0.2
