@@ -140,3 +140,11 @@ def test_a_chain_beside_another_image() -> None:
     for made in (one, one.then(two)):
         joined = join_rows(made, 2)
         torch.testing.assert_close(joined.matrix()[0], torch.block_diag(*made.matrix()))
+
+
+def test_looking_at_a_part_of_a_chain_changes_nothing() -> None:
+    one, two, three = chained((40, 31, 20, 11))
+    whole = one.then(two).then(three).matrix()
+    start = one.then(two)
+    assert start.groups_BN.shape == (2, 40)
+    assert start.then(three).matrix().equal(whole)

@@ -90,12 +90,6 @@ class Spread(Reduction):
             self.conserve,
         )
 
-    def before(self, y_BMX: torch.Tensor) -> torch.Tensor:
-        """The matrix transposed times numbers of the targets, [B, M, X] -> [B, N, X]. O(M R X)."""
-        kept_BMX = y_BMX if self.own_BM is None else y_BMX * self.own_BM[..., None]
-        all_BNX = torch.cat([kept_BMX, self.weight_BMR.transpose(1, 2) @ y_BMX], dim=1)
-        return take_rows(all_BNX, torch.cat([self.anchor_BM, self.spread_BR], dim=1).argsort(1))
-
     def _behind(
         self, earlier: Reduction, anchor_BM: torch.Tensor, mask_BM: torch.Tensor | None
     ) -> Reduction:
@@ -126,8 +120,7 @@ class SpreadChain(Reduction):
     """A reduction and spreads behind it as one transform, whose matrix is made when asked for.
 
     An encoder that spreads tokens in every block so joins each to the others in O(M). The matrix
-    costs O(M R M') per spread, M' tokens being left behind the last one; O(M R N) where the first
-    step is no spread.
+    costs O(M R N) per spread.
 
     Attributes:
         steps: in order; empty once the matrix is there, which is kept in their place.
@@ -157,20 +150,16 @@ class SpreadChain(Reduction):
 
 
 def _product_of(steps: tuple[Reduction, ...]) -> torch.Tensor:
-    """The matrix [B, M, N] of reductions behind one another, all but the first of them spreads."""
+    """The matrix [B, M, N] of reductions behind one another.
+
+    From the first on, so that it is the same to the bit whether or not somebody has asked for a
+    part of it before.
+    """
     first, *later = steps
-    spreads = [step for step in later if isinstance(step, Spread)]
-    assert len(spreads) == len(later) > 0
-    if not isinstance(first, Spread):
-        matrix_BMN = first.matrix()
-        for step in spreads:
-            matrix_BMN = step.apply(matrix_BMN)
-        return matrix_BMN
-    # From the end, where the fewest tokens are left.
-    matrix_BNM = spreads[-1]._dense().transpose(1, 2)
-    for step in (*reversed(spreads[:-1]), first):
-        matrix_BNM = step.before(matrix_BNM)
-    return matrix_BNM.transpose(1, 2)
+    matrix_BMN = first.matrix()
+    for step in later:
+        matrix_BMN = step.apply(matrix_BMN)
+    return matrix_BMN
 
 
 def spread(
