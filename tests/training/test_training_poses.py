@@ -8,7 +8,7 @@ import torch
 
 import foveate
 from foveate.training import make_task
-from foveate.training.tasks.poses import KEPT, UniformFrames, joint_errors, judged
+from foveate.training.tasks.poses import KEPT, Measured, UniformFrames, joint_errors, judged
 from foveate.training.tasks.poses_data import FOCAL, JOINTS, PARENTS, Clips, make_clips
 
 
@@ -124,11 +124,12 @@ def test_the_bars_are_those_of_the_card(hot, near, better):
         "hot, untrained": 200 + spread,
         "uniform, untrained": 300 + spread,
     }
-    rows = judged("holds", errors, dict.fromkeys(errors, 0.5), compares=True)
+    measured = {name: Measured(error_C, 0.5) for name, error_C in errors.items()}
+    rows = judged("holds", measured, compares=True)
     asked = {row.metric: row for row in rows if row.bar}
     assert asked["error (mm)"].met is near
     assert asked["error (mm)"].value == pytest.approx(hot)
     gain = asked["below equally spaced frames (mm)"]
     assert gain.met is better and gain.value == pytest.approx(105 - hot, abs=1e-3)
-    without = judged("no holds", errors, dict.fromkeys(errors, 0.5), compares=False)
+    without = judged("no holds", measured, compares=False)
     assert [row.recipe for row in without] == [row.recipe for row in rows[:-1]]

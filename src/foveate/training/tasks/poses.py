@@ -22,7 +22,7 @@ from foveate.models.backbones import MixSTE, MixSTEConfig
 from foveate.training.loop import Tell
 from foveate.training.sizes import Stage
 from foveate.training.task import Outcome, Task, TaskSize
-from foveate.training.tasks.poses_data import make_clips
+from foveate.training.tasks.poses_data import Clips, make_clips
 
 #: Frames of a clip, frames kept, and the pair of blocks in front of which the others leave.
 FRAMES, KEPT, LAYER = 27, 9, 1
@@ -79,7 +79,7 @@ class Poses(Task):
         tiny = size == "tiny"
         self.config = MixSTEConfig(frames=FRAMES, hidden=16 if tiny else 64, pairs=4, heads=8)
         first = Stage(3, 2, 6e-3, 1) if tiny else Stage(700, 8, 6e-3, 20, horizon=1400)
-        then = Stage(2, 2, 3e-3, 1) if tiny else Stage(420, 8, 3e-3, 10)
+        then = Stage(2, 2, 3e-3, 1) if tiny else Stage(300, 8, 3e-3, 10)
         self.stages = {"first": first, "untouched": then, "hot": then, "uniform": then}
         self.methods = {"hot": HoT(layer=LAYER), "uniform": UniformFrames(layer=LAYER)}
         self.clips = 4 if tiny else 512
@@ -107,12 +107,12 @@ class Poses(Task):
     def batch(self, stage: str, step: int) -> dict[str, Tensor]:
         """Clips, half of them with holds: "poses" [B, F, J, 2] and "joints" [B, F, J, 3]."""
         stream = _FIRST if stage == "first" else _THEN
-        return self._clips((stream, step), self.stages[stage].clips, holds=0.5)
-
-    def _clips(self, numbers: tuple[int, ...], clips: int, holds: float) -> dict[str, Tensor]:
-        draw = np.random.Generator(np.random.PCG64([self.seed, *numbers]))
-        made = make_clips(draw, clips, FRAMES, holds=holds)
+        made = self._made((stream, step), self.stages[stage].clips, holds=0.5)
         return {"poses": torch.from_numpy(made.poses), "joints": torch.from_numpy(made.joints)}
+
+    def _made(self, numbers: tuple[int, ...], clips: int, holds: float) -> Clips:
+        draw = np.random.Generator(np.random.PCG64([self.seed, *numbers]))
+        return make_clips(draw, clips, FRAMES, holds=holds)
 
     def loss(
         self, stage: str, modules: dict[str, nn.Module], batch: dict[str, Tensor]
@@ -144,36 +144,60 @@ class Poses(Task):
         outcomes: list[Outcome] = []
         done, total = 0, 2 * len(runs)
         for number, (on, holds) in enumerate((("clips with holds", 1.0), ("no holds", 0.0))):
-            errors: dict[str, Tensor] = {}
-            shares: dict[str, float] = {}
+            found: dict[str, Measured] = {}
             for name, (model, method) in runs.items():
-                errors[name], shares[name] = self._measured(model, method, number, holds)
+                found[name] = self._measured(model, method, number, holds)
                 done += 1
                 tell("evaluation", done, total, {})
-            outcomes += judged(on, errors, shares, compares=holds > 0)
+            outcomes += judged(on, found, compares=holds > 0)
         return outcomes
 
     def _measured(
         self, model: nn.Module, method: HoT | None, number: int, holds: float
-    ) -> tuple[Tensor, float]:
-        """Error of every held-out clip, [clips] in mm, and the share of the untouched FLOPs."""
+    ) -> Measured:
         device = next(model.parameters()).device
-        share, errors = 1.0, []
-        for batch in self._held_out(number, holds):
-            poses_BFJ2, joints_BFJ3 = (batch[key].to(device) for key in ("poses", "joints"))
+        share, errors, kept, held = 1.0, [], [], []
+        for clips in self._held_out(number, holds):
+            poses_BFJ2 = torch.from_numpy(clips.poses).to(device)
+            joints_BFJ3 = torch.from_numpy(clips.joints).to(device)
             if method is None:
                 errors.append(joint_errors(model(poses_BFJ2), joints_BFJ3))
                 continue
             with foveate.reduce(model, method, tokens=KEPT) as run:
                 errors.append(joint_errors(model(poses_BFJ2), joints_BFJ3))
-            flops = run.report.flops
+            flops, reduction = run.report.flops, run.encoder_reduction
             share = flops["reduced"]["total"] / flops["untouched"]["total"]
-        return torch.cat(errors).cpu(), share
+            assert reduction is not None
+            kept.append(reduction.anchor_BM.cpu())
+            held.append(torch.from_numpy(clips.still).gather(1, kept[-1]))
+        choice = ""
+        if kept:
+            sets = len(torch.unique(torch.cat(kept), dim=0))
+            choice = (
+                f"{100 * float(torch.cat(held).float().mean()):.0f} % of kept frames in holds, "
+            )
+            choice += f"{sets} different sets of them"
+        return Measured(torch.cat(errors).cpu(), share, choice)
 
-    def _held_out(self, number: int, holds: float) -> Iterator[dict[str, Tensor]]:
+    def _held_out(self, number: int, holds: float) -> Iterator[Clips]:
         size = min(self.clips, 64)
         for step in range(self.clips // size):
-            yield self._clips((_HELD_OUT, number, step), size, holds)
+            yield self._made((_HELD_OUT, number, step), size, holds)
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """Held-out clips with one method.
+
+    Attributes:
+        error_C: of every clip, in mm.
+        share: of the untouched model's FLOPs.
+        choice: which frames were kept, in words.
+    """
+
+    error_C: Tensor
+    share: float
+    choice: str = ""
 
 
 @torch.no_grad()
@@ -212,39 +236,39 @@ def joint_errors(found_BFJ3: Tensor, true_BFJ3: Tensor) -> Tensor:
     return 1000 * error_BFJ.mean(dim=(1, 2))
 
 
-def judged(
-    on: str, errors: dict[str, Tensor], shares: dict[str, float], *, compares: bool
-) -> list[Outcome]:
+def judged(on: str, found: dict[str, Measured], *, compares: bool) -> list[Outcome]:
     """The outcomes on one kind of clips; `compares`: HoT is asked to beat equal distances."""
-    full_C = errors["untouched"]
+    full_C = found["untouched"].error_C
     rows = []
-    for name, error_C in errors.items():
+    for name, one in found.items():
         recipe, remark = _RECIPES[name]
-        value, asked = float(error_C.mean()), name == "hot"
+        value, asked = float(one.error_C.mean()), name == "hot"
+        remarks = (remark, remark and _versus(one.error_C, full_C), one.choice)
         rows.append(
             Outcome(
                 recipe,
                 "error (mm)",
                 value,
-                shares[name],
+                one.share,
                 bar="within 5 % of untouched" if asked else "",
                 met=value <= _NEAR * float(full_C.mean()) if asked else None,
                 on=on,
-                note=f"{remark}; {_versus(error_C, full_C)}" if remark else "",
+                note="; ".join(filter(None, remarks)),
             )
         )
     if compares:
-        gain_C = errors["uniform"] - errors["hot"]
+        hot_C, other_C = found["hot"].error_C, found["uniform"].error_C
+        gain_C = other_C - hot_C
         rows.append(
             Outcome(
                 _RECIPES["hot"][0],
                 "below equally spaced frames (mm)",
                 float(gain_C.mean()),
-                shares["hot"],
+                found["hot"].share,
                 bar="better by two standard errors",
                 met=bool(gain_C.mean() > 2 * _standard_error(gain_C)),
                 on=on,
-                note=f"beside them, {_versus(errors['hot'], errors['uniform'])}",
+                note=f"error beside theirs: {_versus(hot_C, other_C)}",
             )
         )
     return rows
