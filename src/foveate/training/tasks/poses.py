@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import foveate
 from foveate import ops
+from foveate._wording import plural
 from foveate.core import EncoderContext, Reduction, Tokens
 from foveate.methods.hot import HoT, pose_loss
 from foveate.models.backbones import MixSTE, MixSTEConfig
@@ -176,7 +177,7 @@ class Poses(Task):
             choice = (
                 f"{100 * float(torch.cat(held).float().mean()):.0f} % of kept frames in holds, "
             )
-            choice += f"{sets} different sets of them"
+            choice += f"{plural(sets, 'set')} of frames in all clips"
         return Measured(torch.cat(errors).cpu(), share, choice)
 
     def _held_out(self, number: int, holds: float) -> Iterator[Clips]:
@@ -204,8 +205,9 @@ class Measured:
 def _begin_with_time(model: MixSTE) -> None:
     """Let frames know their time, and the recovering attention look where the time is the same.
 
-    Both are zeros in the released code. From there a short training never leaves the saddle where
-    queries that are all alike meet keys without a time, and every frame becomes the clip's mean.
+    Both are zeros in the released code, where queries that are all alike meet keys without a time:
+    a training as short as this one does not get away from there, and gives every frame the same
+    pose. The code of the time counts in the distances that frames are chosen by, too.
     """
     frames, width = model.Temporal_pos_embed.shape[1:]
     rate_W = frames ** (-torch.arange(width // 2) / (width // 2))
