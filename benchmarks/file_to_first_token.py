@@ -40,6 +40,8 @@ SIZES = {
     "small": ((6, 256, 224), (6, 384)),
     "base": ((12, 576, 378), (16, 896)),
     "large": ((26, 1152, 378), (28, 3584)),
+    # The widths of SigLIP-so400m and Qwen2-0.5B with half their depth.
+    "so400m": ((13, 1152, 378), (12, 896)),
 }
 
 

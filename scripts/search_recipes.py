@@ -28,7 +28,9 @@ from foveate.core import PRESETS, Budget, Recipe
 from foveate.core._files import write_text
 from foveate.errors import RecipeError
 
-DOCS = Path(__file__).parents[1] / "docs"
+PAGE = Path(__file__).parents[1] / "docs" / "combined-recipes.md"
+#: Around what scripts/search_fast.py writes.
+BEGIN, END = "<!-- fast: begin -->", "<!-- fast: end -->"
 PROMPT = ("divprune", "vidcom2", "evs", "todre@projector", "holitom@projector", "uniform")
 INSIDE = ("fastv", "catp@decoder", "lvlm_csp", "pyramiddrop")
 ENCODER = ("tome(retain=0.5)@encoder", "tome(retain=0.3)@encoder")
@@ -178,9 +180,10 @@ def page(folder: Path) -> str:
     """docs/combined-recipes.md."""
     result, found = read_result(folder / "test"), read_result(folder / "val")
     trials = {trial.name: trial for trial in ranking(folder / "val")}
+    pairs = candidates()
     run_info = json.loads((folder / "test" / "run.json").read_text(encoding="utf-8"))
     lines = [_INTRO.format(trials=len(trials), **_facts(run_info))]
-    lines += [_preset(result, name) for name in PRESETS]
+    lines += [_preset(result, name) for name, p in PRESETS.items() if run_name(p.recipe) in pairs]
     rows = [
         [f"`{trial.name}`", f"{100 * trial.gain:+.1f}", f"{100 * trial.worst:+.1f}"]
         for trial in list(trials.values())[:15]
@@ -194,7 +197,14 @@ def page(folder: Path) -> str:
         + "\n\nTrials that lose to a part on average: "
         f"{sum(t.gain < 0 for t in trials.values())} of {len(trials)}."
     )
+    # `fast` was found by another search, which writes its own section.
+    lines.append("## `fast`\n\n" + _section_of_fast())
     return "\n\n".join(lines) + "\n"
+
+
+def _section_of_fast() -> str:
+    text = PAGE.read_text(encoding="utf-8")
+    return text[text.index(BEGIN) : text.index(END) + len(END)]
 
 
 def _preset(result: BenchResult, preset_name: str) -> str:
@@ -240,8 +250,8 @@ At one budget a method that acts early costs less than one that acts late, so ac
 `retain` would be no fair comparison. A combined recipe is held against the best of its parts **at
 equal FLOPs** (whole call, vision encoder included), each part with either way to number positions,
 between its measured budgets by linear interpolation. A part that cannot be made as cheap counts
-with what it has at its cheapest. Who may not lose accuracy needs none of these: ToMe alone loses
-two points and saves a quarter of the FLOPs.
+with what it has at its cheapest. [`fast`](#fast), for who may not lose accuracy, came out of a
+search of its own.
 
 {hardware}, foveate {foveate}, {date}.
 
@@ -258,7 +268,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="folder of the measurements")
     options = parser.parse_args()
     if options.what == "page":
-        write_text(DOCS / "combined-recipes.md", page(options.run))
+        write_text(PAGE, page(options.run))
     else:
         {"search": search, "confirm": confirm}[options.what](options.run)
 

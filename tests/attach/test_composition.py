@@ -9,7 +9,7 @@ import torch
 
 import foveate
 from foveate.core import PRESETS, Card, Method, Reduction
-from foveate.errors import RecipeError
+from foveate.errors import AttachmentError, RecipeError
 from tiny import tiny_inputs, tiny_model
 
 
@@ -114,6 +114,51 @@ def test_named_recipes_run(model, video, name):
     assert out.shape[1] == video["input_ids"].shape[1] + 2
     report = run.report
     before, text = report.visual_before, report.prompt_lengths[0] - report.visual_after
-    assert report.layer_lengths[0][-1] - text <= 0.25 * before + 2
+    if PRESETS[name].recipe.stages != ("encoder",):  # that one gives its tokens back
+        assert report.layer_lengths[0][-1] - text <= 0.25 * before + 2
     if "encoder" in PRESETS[name].recipe.stages:
         assert report.flops["reduced"]["encoder"] < report.flops["untouched"]["encoder"]
+
+
+# -- the preset "fast" -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llava_onevision", "llava_next_video", "video_llava"])
+@pytest.mark.parametrize(("retain", "left"), [(None, 0.15), (0.4, 0.4)])
+def test_fast_shortens_the_encoder_of_videos(family, retain, left):
+    model = tiny_model(family)
+    inputs = tiny_inputs(family, modality="video", frames=4)
+    with torch.no_grad(), foveate.reduce(model, "fast", retain=retain) as run:
+        out = model.generate(**inputs, max_new_tokens=2, do_sample=False)
+    report = run.report
+    assert out.shape[1] == inputs["input_ids"].shape[1] + 2
+    assert {(s.stage, s.method) for s in report.stages} == {("encoder", "centerclip")}
+    shortened = report.stages[0]
+    assert shortened.after[0] == pytest.approx(left * shortened.before[0], abs=2)
+    # The projector gets every frame at full length.
+    assert report.visual_after == report.visual_before
+    assert report.flops["reduced"]["encoder"] < report.flops["untouched"]["encoder"]
+
+
+@pytest.mark.parametrize(("family", "modality"), [("llava", "image"), ("internvl", "video")])
+def test_fast_leaves_the_encoder_of_single_images_alone(family, modality):
+    model, inputs = tiny_model(family), tiny_inputs(family, modality=modality, frames=4)
+    with torch.no_grad():
+        plain = model(**inputs).logits
+        with foveate.reduce(model, "fast") as run:
+            assert torch.equal(model(**inputs).logits, plain)
+    assert not run.report.stages
+    assert run.report.flops["reduced"]["encoder"] == run.report.flops["untouched"]["encoder"]
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+def test_fast_is_refused_by_packed_encoders(family):
+    with pytest.raises(AttachmentError, match="centerclip acts inside the encoder"):
+        foveate.reduce(tiny_model(family), "fast")
+
+
+def test_fast_at_one_changes_nothing(model, video):
+    with torch.no_grad():
+        plain = model(**video).logits
+        with foveate.reduce(model, "fast", retain=1.0):
+            assert torch.equal(model(**video).logits, plain)

@@ -46,7 +46,8 @@ def cards(
                     "kind": RECIPE,
                     "stages": list(stages),
                     "arxiv": "",
-                    "summary": f"{preset.summary} {preset.text}.",
+                    "summary": " ".join(filter(None, (preset.summary, preset.claim)))
+                    + f" {preset.text}.",
                     "recipe": preset.text,
                     "positions": preset.positions,
                 }
