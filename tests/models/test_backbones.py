@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from foveate import ops
 from foveate.core.backbone_flops import ScanDims, scan_flops
 from foveate.errors import UnsupportedModelError
+from foveate.models.backbone_adapters import Passage
 from foveate.models.backbones import (
     MixSTE,
     MixSTEConfig,
@@ -207,7 +208,7 @@ def counted(model: nn.Module, x: torch.Tensor) -> int:
 
 
 def rule(model: nn.Module, entered: int, lengths: list[int]) -> int:
-    return adapter_for(model).flops(model, entered, lengths, left=entered)
+    return adapter_for(model).flops(model, Passage(entered, lengths, entered))
 
 
 def test_formulas_are_what_torch_counts():

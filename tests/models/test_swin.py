@@ -17,7 +17,7 @@ from transformers import SwinBackbone, SwinConfig, SwinForImageClassification, S
 
 import foveate
 from foveate.core import METHODS, BackboneMethod, get_method
-from foveate.core.window_flops import WindowDims, window_flops
+from foveate.core.window_flops import WindowDims, window_block_flops, window_flops
 from foveate.errors import AttachmentError, UnsupportedModelError
 from foveate.methods._stvit_windows import ROLES, group_flops
 from foveate.methods.stvit import CrossBlock, SemanticGroup
@@ -258,11 +258,23 @@ def test_flops_of_planes_that_are_padded():
     assert window_flops(parts.dims, (20, 17), parts.windows()) == counter.get_total_flops()
 
 
-def test_published_sizes():
-    """Multiply-adds of Swin at 224 (arXiv 2103.14030, table 1), and 36 of 196 tokens in between."""
-    swin_s = WindowDims(96, (2, 2, 18, 2), 4.0, 48)
-    full = window_flops(swin_s, (56, 56), (7,) * 4)
-    assert round(full / 2e9, 1) == 8.7
+@pytest.mark.parametrize(
+    ("width", "depth", "giga", "left"),
+    [(96, 6, 4.5, 0.77), (96, 18, 8.7, 0.65), (128, 18, 15.4, 0.65)],
+    ids=["Swin-T", "Swin-S", "Swin-B"],
+)
+def test_published_sizes(width, depth, giga, left):
+    """Multiply-adds at 224 (arXiv 2103.14030, table 1), and what docs/encoders.md says is left."""
+    dims, num = WindowDims(width, (2, 2, depth, 2), 4.0, 48), depth // 6
+    full = window_flops(dims, (56, 56), (7,) * 4)
+    assert round(full / 2e9, 1) == giga
+    inner = dict.fromkeys(ROLES, dims.inner(2))
+    group = group_flops(dims.width(2), inner, (14, 14), (7, 7), (3, 3))
+    saved = num * (5 * window_block_flops(dims, 2, (14, 14), 7) - group)
+    assert round(1 - saved / full, 2) == left
+
+
+def test_the_published_number_of_tokens_is_the_default():
     model = SwinModel(SwinConfig(embed_dim=24, num_heads=[1, 1, 2, 4]))
     with torch.no_grad(), foveate.reduce(model.eval(), "stvit") as run:
         model(images(1, 224))

@@ -37,7 +37,7 @@ from foveate.core import (
 from foveate.core.flops import FlopsBreakdown
 from foveate.errors import AttachmentError
 from foveate.models.adapter import Adapter
-from foveate.models.backbone_adapters import BackboneAdapter
+from foveate.models.backbone_adapters import BackboneAdapter, Passage
 from foveate.models.backbones.stream import Stream
 from foveate.models.encoders import EncoderAdapter
 
@@ -331,10 +331,8 @@ class BackboneStage(OfOneModel):
         full = self._untouched(run)
         costs = {"untouched": full, "reduced": full}
         if run.cuts:
-            flops = self.adapter.flops(
-                self.model, run.num_tokens, run.lengths, left=run.final, read=run.read
-            )
-            costs["reduced"] = flops
+            passage = Passage(run.num_tokens, run.lengths, run.final, run.read)
+            costs["reduced"] = self.adapter.flops(self.model, passage)
         report.flops = {
             name: FlopsBreakdown(encoder=cost * run.num_samples).as_dict()
             for name, cost in costs.items()
@@ -347,7 +345,7 @@ class BackboneStage(OfOneModel):
         lengths = [
             num >> block if self.adapter.shrinks else num for block in range(self.num_blocks)
         ]
-        return self.adapter.flops(self.model, num, lengths, left=num)
+        return self.adapter.flops(self.model, Passage(num, lengths, num))
 
     def _items(self, run: BackboneRun) -> Any:
         """One entry per sample, with what was noted."""

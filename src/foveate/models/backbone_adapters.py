@@ -6,7 +6,7 @@ Legend: B samples, N places of the full sequence, K tokens that are left, C chan
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,22 @@ from foveate.models.tower import VisionTower
 
 #: By name, functions that give what `foveate.core.backbone.BACKBONE_SIGNALS` lists.
 Signals = Mapping[str, Callable[[], Any]]
+
+
+class Passage(NamedTuple):
+    """How many tokens of a sample were where, which its FLOPs depend on.
+
+    Attributes:
+        entered: tokens of the full sequence.
+        lengths: tokens in front of every block.
+        left: tokens behind the last seam.
+        read: signals that methods have read, whose making costs something.
+    """
+
+    entered: int
+    lengths: Sequence[int]
+    left: int
+    read: Collection[str] = ()
 
 
 class BackboneAdapter(EncoderAdapter):
@@ -82,25 +98,14 @@ class BackboneAdapter(EncoderAdapter):
         """How those lie."""
         return Grid.image(1, num_tokens)
 
-    def flops(
-        self,
-        model: nn.Module,
-        entered: int,
-        lengths: Sequence[int],
-        *,
-        left: int,
-        read: Collection[str] = (),
-    ) -> int:
-        """FLOPs of one sample.
-
-        Args:
-            model: the model.
-            entered: tokens of the full sequence.
-            lengths: tokens in front of every block.
-            left: tokens behind the last seam.
-            read: signals that methods have read, whose making costs something.
-        """
+    def flops(self, model: nn.Module, passage: Passage) -> int:
+        """FLOPs of one sample."""
         raise NotImplementedError
+
+    @staticmethod
+    def config(model: nn.Module) -> Any:
+        """The model's configuration."""
+        return model.config
 
 
 class MixSTEAdapter(BackboneAdapter):
@@ -119,7 +124,7 @@ class MixSTEAdapter(BackboneAdapter):
         """HoT's trained parts, where the model has them."""
 
         def recovery() -> dict[str, Any] | None:
-            config: Any = model.config
+            config = self.config(model)
             if not config.slots:
                 return None
             attention: Any = model.cross_attention
@@ -136,17 +141,9 @@ class MixSTEAdapter(BackboneAdapter):
         """A plane per frame."""
         return Grid.video(num_tokens, 1, 1)
 
-    def flops(
-        self,
-        model: nn.Module,
-        entered: int,
-        lengths: Sequence[int],
-        *,
-        left: int,
-        read: Collection[str] = (),
-    ) -> int:
+    def flops(self, model: nn.Module, passage: Passage) -> int:
         """FLOPs of one sequence; recovery counts where the trained parts do it."""
-        config: Any = model.config
+        config = self.config(model)
         dims = PoseDims(
             config.pairs,
             config.hidden,
@@ -155,6 +152,7 @@ class MixSTEAdapter(BackboneAdapter):
             config.inputs,
             ((config.hidden, config.outputs),),
         )
+        entered, lengths, left, read = passage
         attended = "recovery" in read and bool(config.slots) and left == entered
         return pose_flops(dims, entered, lengths, recovered=attended, out_frames=left)
 
@@ -174,35 +172,27 @@ class VisionMambaAdapter(BackboneAdapter):
 
     def places(self, model: nn.Module, source_BK: Tensor) -> Tensor:
         """[CLS] makes room for the patches around it."""
-        cls_place: int | None = self._config(model).cls_place
+        cls_place: int | None = self.config(model).cls_place
         return source_BK if cls_place is None else places_around_cls(source_BK, cls_place)
 
     def signals(self, model: nn.Module, stream: Stream, source_BK: Tensor) -> Signals:
         """[CLS] is the middle one of those that are left."""
-        middle = None if self._config(model).cls_place is None else stream.num_tokens // 2
+        middle = None if self.config(model).cls_place is None else stream.num_tokens // 2
         return {"cls_index": lambda: middle}
 
     def item_places(self, model: nn.Module, num_tokens: int) -> Tensor:
         """The patches."""
-        place_N, cls_place = torch.arange(num_tokens), self._config(model).cls_place
+        place_N, cls_place = torch.arange(num_tokens), self.config(model).cls_place
         return place_N if cls_place is None else place_N[place_N != cls_place]
 
     def item_grid(self, model: nn.Module, num_tokens: int) -> Grid:
         """The patches of an image."""
-        side = self._config(model).side
+        side = self.config(model).side
         return Grid.image(side, side)
 
-    def flops(
-        self,
-        model: nn.Module,
-        entered: int,
-        lengths: Sequence[int],
-        *,
-        left: int,
-        read: Collection[str] = (),
-    ) -> int:
+    def flops(self, model: nn.Module, passage: Passage) -> int:
         """FLOPs of one image."""
-        config = self._config(model)
+        config = self.config(model)
         dims = ScanDims(
             config.depth,
             config.hidden,
@@ -214,11 +204,7 @@ class VisionMambaAdapter(BackboneAdapter):
             config.channels * config.patch_size**2,
             config.classes,
         )
-        return scan_flops(dims, config.side**2, lengths)
-
-    @staticmethod
-    def _config(model: nn.Module) -> Any:
-        return model.config
+        return scan_flops(dims, config.side**2, passage.lengths)
 
 
 class ViS4merAdapter(BackboneAdapter):
@@ -235,16 +221,9 @@ class ViS4merAdapter(BackboneAdapter):
         keep_logits: Any = model.keep_logits
         return {"keep_logits": lambda: keep_logits(stream.states[0])}
 
-    def flops(
-        self,
-        model: nn.Module,
-        entered: int,
-        lengths: Sequence[int],
-        *,
-        left: int,
-        read: Collection[str] = (),
-    ) -> int:
+    def flops(self, model: nn.Module, passage: Passage) -> int:
         """FLOPs of one video; the mask generator counts where a method has asked it."""
-        config: Any = model.config
+        config = self.config(model)
         dims = ConvolutionDims(config.inputs, config.hidden, config.blocks, config.classes)
-        return convolution_flops(dims, entered, lengths, "keep_logits" in read)
+        asked = "keep_logits" in passage.read
+        return convolution_flops(dims, passage.entered, passage.lengths, asked)
