@@ -41,9 +41,9 @@ def test_random_patches_keep_as_many_and_cls_and_other_ones():
                 model(images)
                 anchors[name] = run.encoder_reduction.anchor_BM
                 lengths = run.report.block_lengths
-            assert lengths[0] == 17 and lengths[-1] == 9
+            assert lengths[0] == 17 and lengths[-1] == 13
     assert anchors["random"].shape == anchors["tovim"].shape
-    assert bool((anchors["random"][:, 4] == 8).all())  # [CLS] in the middle of the sequence
+    assert bool((anchors["random"][:, 6] == 8).all())  # [CLS] in the middle of the sequence
     assert not torch.equal(anchors["random"], anchors["tovim"])
 
 
@@ -52,14 +52,12 @@ def test_fine_tuning_goes_on_from_the_dense_model_with_pruning_on():
     task = scan()
     modules = task.build()
     task.begin("pruned", modules)
-    task.begin("tuned", modules)
     for name, value in modules["dense"].state_dict().items():
         assert torch.equal(modules["pruned"].state_dict()[name], value)
     batch = task.batch("pruned", 0)
-    assert torch.equal(batch["pixels"], task.batch("tuned", 0)["pixels"])
     pruned, _ = task.loss("pruned", modules, batch)
-    tuned, _ = task.loss("tuned", modules, batch)
-    assert pruned.item() != tuned.item()
+    whole, _ = task.loss("dense", modules, batch)
+    assert pruned.item() != whole.item()
     pruned.backward()
     model = modules["pruned"]
     blind = [name for name, p in model.named_parameters() if p.grad is None]
@@ -78,7 +76,6 @@ def test_bars_compare_what_they_say():
         "naive, fewer": 40.0,
         "random, fewer": 20.0,
         "tuned aligned": 93.5,
-        "tuned untouched": 96.0,
     }
     found = {
         name: 100.0 * (torch.arange(2000) < 20 * value).float() for name, value in right.items()
@@ -87,4 +84,4 @@ def test_bars_compare_what_they_say():
     met = {row.recipe: row.met for row in rows if row.bar}
     assert list(met.values()) == [True, False, True]  # equal is not above; 1.5 points is within
     found["tuned aligned"] = 100.0 * (torch.arange(2000) < 1868).float()
-    assert outcome_rows(found, dict.fromkeys(found, 1.0))[-2].met is False
+    assert outcome_rows(found, dict.fromkeys(found, 1.0))[-1].met is False

@@ -30,10 +30,14 @@ from foveate.training.tasks.sequences_data import ORDERS, draw_sequences
 RETAIN, RATIO_WEIGHT = 0.25, 2.0
 #: Of the copy that the mask generator reads.
 MOMENTUM = 0.99
-#: Streams of random numbers: the first stage, those behind it, and held-out sequences.
-_FIRST, _THEN, _HELD_OUT = range(3)
-#: Parts of the first stage without noise, and in which more and more of it comes.
-_QUIET, _RISING = 0.3, 0.45
+#: Streams of random numbers: the first two stages, those behind them, and held-out sequences.
+_FIRST, _SECOND, _THEN, _HELD_OUT = range(4)
+#: Share of noise in the stage "quiet", and part of the stage "noisy" in which it rises to 1.
+_QUIET, _RISING = 0.01, 0.7
+#: Learning rate of classifier and mask generator over that of the rest.
+_FASTER, _GENERATOR = 10.0, 10.0
+#: Above RETAIN, the share of tokens that the stage "s5" begins with; it falls for half of it.
+_MORE = 0.5
 #: What is asked: share of planted tokens that stay, and distance of the mask's mean from RETAIN.
 _PLANTED_KEPT, _RATIO_NEAR = 90.0, 0.03
 
@@ -41,9 +45,10 @@ _PLANTED_KEPT, _RATIO_NEAR = 90.0, 0.03
 class Sequences(Task):
     """Noise tokens with three to five planted ones; the order of their symbols is the class.
 
-    The first stage trains a ViS4mer on all tokens, at first with little noise between the planted
-    ones. From its weights three go on, equally long on the same sequences: "s5" trains decoder and
-    mask generator together, "random" reads random masks of the same share, "s4" all tokens.
+    The first two stages train one ViS4mer on all tokens: "quiet" with hardly any noise between
+    the planted ones and zeros in its place, "noisy" with more and more. From its weights three go
+    on, equally long on the same sequences: "s5" trains decoder and mask generator together,
+    "random" reads random masks of the same share, "s4" all tokens.
 
     Example:
         >>> task = Sequences("tiny")
@@ -71,56 +76,60 @@ class Sequences(Task):
             dropout=0.0,
             mask_generator=True,
         )
-        first = Stage(4, 4, 3e-3, 1) if tiny else Stage(1200, 16, 1e-2, 40)
-        then = Stage(4, 4, 3e-3, 1) if tiny else Stage(400, 16, 3e-3, 20)
-        self.stages = {"first": first, "s5": then, "random": then, "s4": then}
+        quiet = Stage(3, 4, 3e-3, 1) if tiny else Stage(240, 16, 1e-2, 40)
+        noisy = Stage(3, 4, 3e-3, 1) if tiny else Stage(800, 16, 5e-3, 20)
+        then = Stage(3, 4, 3e-3, 1) if tiny else Stage(450, 16, 3e-3, 20)
+        self.stages = {"quiet": quiet, "noisy": noisy, "s5": then, "random": then, "s4": then}
         self.held_out = 16 if tiny else 1024
 
     # -- training ---------------------------------------------------------------------------------
 
     def build(self) -> dict[str, nn.Module]:
-        """The model of the first stage and the three that go on from it."""
-        models = {name: ViS4mer(self.config) for name in self.stages}
+        """The model of the first stages and the three that go on from it."""
+        models = {name: ViS4mer(self.config) for name in ("first", "s5", "random", "s4")}
         with torch.no_grad():
             # A symbol is one step of 512, and a kernel is as small as its step size: without this
             # what a model knows of the order begins a thousand times smaller than what it does not.
             for layer in models["first"].s4_layers:
                 assert isinstance(layer, S4D)
                 layer.kernel.C.mul_(8.0)
-            for linear in models["first"].linears:
-                assert isinstance(linear, nn.Linear)
-                linear.weight.mul_(6.0)
+            last = models["first"].linears[-1]
+            assert isinstance(last, nn.Linear)
+            last.weight.mul_(6.0)
         return dict(models)
 
     def groups(self, stage: str, modules: dict[str, nn.Module]) -> list[tuple[nn.Module, float]]:
         """What a stage trains; the copy that the mask generator reads is never among it."""
-        model = modules[stage]
-        assert isinstance(model, ViS4mer)
-        trained = [(model.s4_layers, 1.0), (model.norms, 1.0), (model.linears, 1.0)]
-        trained.append((model.decoder, 10.0))
+        model = _trained(stage, modules)
+        trained: list[tuple[nn.Module, float]] = [(model.s4_layers, 1.0), (model.norms, 1.0)]
+        trained += [(model.linears, 3.0), (model.decoder, _FASTER)]
         if stage == "s5":
-            assert model.mask_generator is not None
-            trained += [(model.mask_generator.norm, 1.0), (model.mask_generator.linear, 1.0)]
+            generator = model.mask_generator
+            assert generator is not None
+            trained += [(generator.norm, _GENERATOR), (generator.linear, _GENERATOR)]
         return trained
 
     def begin(self, stage: str, modules: dict[str, nn.Module]) -> None:
-        """Go on from the weights of the first stage."""
-        if stage != "first":
-            modules[stage].load_state_dict(modules["first"].state_dict())
-            _vis4mer(modules[stage]).update_momentum(0.0)
+        """Go on from the weights of the first stages."""
+        model = _trained(stage, modules)
+        if model is not modules["first"]:
+            model.load_state_dict(modules["first"].state_dict())
+            model.update_momentum(0.0)
 
     def batch(self, stage: str, step: int) -> dict[str, Tensor]:
         """Sequences with labels, and the noise that decides masks."""
-        first = stage == "first"
         part = step / self.stages[stage].steps
-        noisy = min(1.0, max(0.0, (part - _QUIET) / _RISING)) ** 2 if first else 1.0
-        return self._drawn(_FIRST if first else _THEN, step, self.stages[stage].clips, noisy)
+        rising = _QUIET ** max(0.0, 1 - part / _RISING)
+        noisy = {"quiet": _QUIET, "noisy": rising}.get(stage, 1.0)
+        stream = {"quiet": _FIRST, "noisy": _SECOND}.get(stage, _THEN)
+        batch = self._drawn(stream, step, self.stages[stage].clips, noisy)
+        return batch | {"ratio": torch.tensor(RETAIN + _MORE * max(0.0, 1 - 2 * part))}
 
     def loss(
         self, stage: str, modules: dict[str, nn.Module], batch: dict[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy of the order, and with a mask generator the loss of its ratio."""
-        model, tokens_BLD = _vis4mer(modules[stage]), batch["tokens"]
+        model, tokens_BLD = _trained(stage, modules), batch["tokens"]
         mask_BL = None
         if stage == "s5":
             mask_BL = drawn_mask(model, tokens_BLD, batch["gumbel"])
@@ -133,13 +142,13 @@ class Sequences(Task):
         if stage == "s5":
             assert mask_BL is not None
             facts |= {"kept": mask_BL.mean(), "planted_kept": mask_BL[batch["planted"]].mean()}
-            loss = selective_loss(loss, mask_BL, RETAIN, RATIO_WEIGHT)
+            loss = selective_loss(loss, mask_BL, float(batch["ratio"]), RATIO_WEIGHT)
         return loss, facts
 
     def after_step(self, stage: str, modules: dict[str, nn.Module]) -> None:
         """Move the copy that no gradient reaches."""
         if stage == "s5":
-            _vis4mer(modules[stage]).update_momentum(MOMENTUM)
+            _trained(stage, modules).update_momentum(MOMENTUM)
 
     # -- data -------------------------------------------------------------------------------------
 
@@ -170,7 +179,7 @@ class Sequences(Task):
         for number, (name, (model, method)) in enumerate(recipes.items()):
             tell("evaluation", number, len(recipes), {})
             found[name] = self._measured(modules[model], method)
-        rows = [*_rows(found), self._mask(_vis4mer(modules["s5"]))]
+        rows = [*_rows(found), self._mask(_trained("s5", modules))]
         tell("evaluation", len(recipes), len(recipes), {})
         return rows
 
@@ -243,9 +252,11 @@ def drawn_mask(model: ViS4mer, tokens_BLD: Tensor, gumbel_BL2: Tensor) -> Tensor
     return ops.gumbel_keep(logits_BL2, noise=gumbel_BL2)
 
 
-def _vis4mer(module: nn.Module) -> ViS4mer:
-    assert isinstance(module, ViS4mer)
-    return module
+def _trained(stage: str, modules: dict[str, nn.Module]) -> ViS4mer:
+    """The model that a stage trains."""
+    model = modules.get(stage, modules["first"])
+    assert isinstance(model, ViS4mer)
+    return model
 
 
 def _rows(found: dict[str, Found]) -> list[Outcome]:
