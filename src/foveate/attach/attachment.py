@@ -53,8 +53,8 @@ def reduce(
     """Attach a recipe to a model: a context manager, or a handle with `remove()`.
 
     Args:
-        model: a transformers vision-language model of a known family, a vision encoder alone, or a
-            backbone of `foveate.models.backbones`.
+        model: a transformers vision-language model of a known family, a vision encoder alone (of
+            timm, too), or a backbone of `foveate.models.backbones`.
         recipe: a recipe, a method, a list of methods, a text such as "holitom" or
             "tome(retain=0.6)@encoder + holitom", or the path of a recipe's JSON file.
         retain: fraction of visual tokens kept, in (0, 1]; one value, or one per sample.
