@@ -16,7 +16,7 @@ PLANTED = (3, 5)
 #: The orders of the symbols, which are the classes.
 ORDERS = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
 #: Root mean square of a symbol over the channels; that of noise is 1.
-_LOUDNESS = 3.0
+_LOUDNESS = 5.0
 
 
 class Drawn(NamedTuple):
