@@ -61,7 +61,7 @@ class Shapes(Task):
                 "parts": Stage(600, 32, 3e-3, 50, horizon=2200),
                 "whole": Stage(550, 24, 2e-3, 20),
                 "masks": Stage(500, 16, 4e-3, 20),
-                "semantic": Stage(300, 24, 1.5e-3, 20),
+                "semantic": Stage(700, 24, 1.5e-3, 20),
             }
 
     def build(self) -> dict[str, nn.Module]:
