@@ -91,8 +91,8 @@ class Retrieval(Task):
             "clips": Stage(2, 2, 1e-3, 1) if tiny else Stage(50, 64, 1e-3, 10),
             "unmerged": Stage(2, 2, 3e-3, 1) if tiny else Stage(40, 32, 2e-3, 10),
             "tempme": Stage(2, 2, 3e-3, 1) if tiny else Stage(40, 32, 2e-3, 10),
-            "centerclip": Stage(2, 2, 1e-3, 1) if tiny else Stage(40, 32, 1e-3, 10),
-            "random": Stage(2, 2, 1e-3, 1) if tiny else Stage(40, 32, 1e-3, 10),
+            "centerclip": Stage(2, 2, 1e-3, 1) if tiny else Stage(40, 32, 3e-4, 10),
+            "random": Stage(2, 2, 1e-3, 1) if tiny else Stage(40, 32, 3e-4, 10),
         }
         self.vision, self.text = ((32, 4, 2), (32, 1, 2)) if tiny else ((96, 8, 3), (64, 2, 2))
         self.tempme = TempMe(layers=(1, 2, 3) if tiny else (5, 6, 7), clip_frames=FRAMES)
