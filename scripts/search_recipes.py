@@ -250,8 +250,8 @@ At one budget a method that acts early costs less than one that acts late, so ac
 `retain` would be no fair comparison. A combined recipe is held against the best of its parts **at
 equal FLOPs** (whole call, vision encoder included), each part with either way to number positions,
 between its measured budgets by linear interpolation. A part that cannot be made as cheap counts
-with what it has at its cheapest. [`fast`](#fast), for who may not lose accuracy, came out of a
-search of its own.
+with what it has at its cheapest. [`fast`](#fast), for who may lose one percent of the accuracy,
+came out of a search of its own.
 
 {hardware}, foveate {foveate}, {date}.
 
