@@ -70,22 +70,31 @@ def rows(card: dict[str, Any]) -> str:
     """The table of one task."""
     outcomes = card["outcomes"]
     base = {(row["on"], row["metric"]): row["value"] for row in reversed(outcomes) if is_base(row)}
-    has = {key: any(row[key] not in (None, "") for row in outcomes) for key in ("on", "flops")}
+    has = {
+        key: any(row[key] not in (None, "") for row in outcomes) for key in ("on", "flops", "note")
+    }
     names = ["on"] * has["on"] + ["recipe", "metric", "value", "difference"]
-    names += ["FLOPs"] * has["flops"] + ["asked", "met"]
+    names += ["FLOPs"] * has["flops"] + ["asked", "met"] + ["remarks"] * has["note"]
     lines = []
     for row in outcomes:
         reference = base.get((row["on"], row["metric"]))
         off = "" if reference is None or is_base(row) else f"{row['value'] - reference:+.2f}"
         flops = "" if row["flops"] is None else f"{100 * row['flops']:.1f} %"
         met = {None: "", True: "yes", False: "**no**"}[row["met"]]
-        recipe = "*untouched*" if is_base(row) else f"`{row['recipe']}`"
-        recipe += f" ({row['note']})" if row["note"] else ""
+        recipe = "*untouched*" if is_base(row) else named(row["recipe"])
         line = [row["on"]] * has["on"] + [recipe, row["metric"], f"{row['value']:.2f}", off]
-        lines.append([*line, *([flops] * has["flops"]), row["bar"], met])
+        line += [flops] * has["flops"] + [row["bar"], met] + [row["note"]] * has["note"]
+        lines.append(line)
     right = ("value", "difference", "FLOPs")
     aligned = ["--:" if name in right else ":--" for name in names]
     return "\n".join("| " + " | ".join(line) + " |" for line in [names, aligned, *lines])
+
+
+def named(recipe: str) -> str:
+    """A recipe as code, what else is said of it in words: "tempme, no training"."""
+    end = recipe.rindex(")") + 1 if ")" in recipe else len(recipe.partition(",")[0])
+    is_words = " " in recipe[:end].partition("(")[0]
+    return recipe if is_words else f"`{recipe[:end]}`{recipe[end:]}"
 
 
 def is_base(row: dict[str, Any]) -> bool:
