@@ -48,8 +48,8 @@ print(sorted(modules))
 
 The models are small and the data are generated: the rows say how methods compare with each other
 and with doing nothing on one model, not what they reach on public benchmarks. A row with a bar says
-what was asked of it, and whether that was reached; what was tried before is said with each task. The
-weights do not ship with the package: the commands make them.
+what was asked of it, and whether that was reached; what was tried before is said with each task.
+The weights do not ship with the package: the commands make them.
 """
 
 
