@@ -43,7 +43,7 @@ _CURVE: tuple[tuple[str, dict[str, Any]], ...] = (
     ("gtp_vit", _RANDOM),
 )
 #: dtop's published threshold, and those that are tried on pictures of their own.
-_TAU, _TAUS = 0.9, (0.95, 0.98, 0.99)
+_TAU, _TAUS = 0.9, (0.95, 0.98, 0.99, 0.995, 0.998, 0.999)
 
 
 @dataclass(frozen=True)
