@@ -27,7 +27,7 @@ def describe_budget(budget: Budget) -> str:
         return f"retain={_plain(budget.retain)}"
     if budget.tokens is not None:
         return f"tokens={_plain(budget.tokens)}"
-    return "published default budget"
+    return "default budget"
 
 
 def _plain(value: Any) -> str:
