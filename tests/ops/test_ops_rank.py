@@ -134,8 +134,7 @@ def test_logits_must_be_square():
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_mask_of_its_own_replaces_the_causal_order(stream: bool) -> None:
-    draw = torch.Generator().manual_seed(0)  # some draws give the third token no attention at all
-    q, k = (torch.randn(1, 2, 9, 4, generator=draw) for _ in range(2))
+    q, k = torch.randn(1, 2, 9, 4), torch.randn(1, 2, 9, 4)
     future = torch.ones(9, 9, dtype=torch.bool).tril()
     causal = page_rank_qk(q, k, stream=stream)
     torch.testing.assert_close(page_rank_qk(q, k, visible_NN=future, stream=stream), causal)
@@ -144,4 +143,7 @@ def test_a_mask_of_its_own_replaces_the_causal_order(stream: bool) -> None:
     got = page_rank_qk(q, k, visible_NN=hidden, stream=stream)
     logits = ((q @ k.transpose(-1, -2)) * 4**-0.5).masked_fill(~hidden, -torch.inf)
     torch.testing.assert_close(got, page_rank(logits), atol=1e-5, rtol=1e-4)
-    assert got[0, 2] < causal[0, 2]
+    # Sharp attention walked for long may give the third token nothing to lose.
+    once = {"iterations": 1, "temperature": 1.0, "stream": stream}
+    less, full = page_rank_qk(q, k, visible_NN=hidden, **once), page_rank_qk(q, k, **once)
+    assert less[0, 2] < full[0, 2]
