@@ -79,8 +79,8 @@ class Poses(Task):
         super().__init__(size, seed)
         tiny = size == "tiny"
         self.config = MixSTEConfig(frames=FRAMES, hidden=16 if tiny else 64, pairs=4, heads=8)
-        first = Stage(3, 2, 6e-3, 1) if tiny else Stage(700, 8, 6e-3, 20, horizon=1400)
-        then = Stage(2, 2, 3e-3, 1) if tiny else Stage(300, 8, 3e-3, 10)
+        first = Stage(3, 2, 6e-3, 1) if tiny else Stage(1200, 8, 6e-3, 20, horizon=1800)
+        then = Stage(2, 2, 3e-3, 1) if tiny else Stage(1000, 8, 3e-3, 10)
         self.stages = {"first": first, "untouched": then, "hot": then, "uniform": then}
         self.methods = {"hot": HoT(layer=LAYER), "uniform": UniformFrames(layer=LAYER)}
         self.clips = 4 if tiny else 512
