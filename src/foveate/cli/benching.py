@@ -19,7 +19,7 @@ from foveate.bench.results import BenchResult
 from foveate.bench.runner import run_bench
 from foveate.bench.suite import open_suite
 from foveate.cli.options import checked_dtype
-from foveate.cli.output import err, out, print_json, progress
+from foveate.cli.output import err, out, plain_table, print_json, progress
 
 _SHOWN = 10
 
@@ -143,7 +143,7 @@ def _print(result: BenchResult) -> None:
 
 def _table(result: BenchResult) -> Table:
     """Narrow enough for 80 columns; the page has the rest."""
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    table = plain_table()
     table.add_column("recipe", style="bold", overflow="fold")
     for name in ("retain", "accuracy", "to untouched", "tokens", "FLOPs", "1st token"):
         table.add_column(name, justify="right", no_wrap=True)

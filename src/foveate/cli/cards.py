@@ -8,6 +8,7 @@ from typing import Any, get_args
 from rich.markup import escape
 from rich.table import Table
 
+from foveate.cli.output import plain_table
 from foveate.core import PRESETS, get_method, list_methods
 from foveate.core.card import STAGES, Card, Kind
 
@@ -57,7 +58,7 @@ def cards(
 
 def cards_table(found: list[dict[str, Any]]) -> Table:
     """One row per method."""
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    table = plain_table()
     table.add_column("name", style="bold", no_wrap=True)
     table.add_column("stages", no_wrap=True)
     table.add_column("kind", no_wrap=True)

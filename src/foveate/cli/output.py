@@ -112,12 +112,24 @@ def progress(enabled: bool = True) -> Iterator[Callable[[str, int, int], None]]:
         yield tell
 
 
+def plain_table(title: str | None = None) -> Table:
+    """A table without lines, its heads bold."""
+    return Table(
+        title=title,
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+        header_style="bold",
+        padding=(0, 2, 0, 0),
+    )
+
+
 def stage_table(report: Report, missing: list[tuple[str, str]] | None = None) -> Table:
     """Tokens before and after every stage; stages that could not run say so."""
     from foveate.core.report import merge_layers
     from foveate.view.html import whither
 
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    table = plain_table()
     for name in ("stage", "method"):
         table.add_column(name)
     for name in ("before", "after", "kept"):

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from foveate.cli.options import Device, Json, checked_device
-from foveate.cli.output import INTERRUPTED, command, err, out, print_json, quiet
+from foveate.cli.output import INTERRUPTED, command, err, out, plain_table, print_json, quiet
 from foveate.errors import FoveateError
 
 train_app = typer.Typer(
@@ -236,14 +236,7 @@ def stages(enabled: bool) -> Iterator[Callable[[str, int, int, dict[str, float]]
 def accuracy_table(card: dict[str, Any]) -> Table:
     """Accuracy of each task: on the clip, on one of its frames alone, and without pictures."""
     accuracy = card["test"]["accuracy"]
-    table = Table(
-        title=f"held-out accuracy, {card['test']['clips']} clips",
-        title_justify="left",
-        box=None,
-        pad_edge=False,
-        header_style="bold",
-        padding=(0, 2, 0, 0),
-    )
+    table = plain_table(f"held-out accuracy, {card['test']['clips']} clips")
     table.add_column("task")
     for view in accuracy:
         table.add_column(view, justify="right")

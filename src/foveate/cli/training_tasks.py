@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from foveate.cli.options import Device, Json, checked_device
-from foveate.cli.output import command, out, print_json, quiet
+from foveate.cli.output import command, out, plain_table, print_json, quiet
 from foveate.cli.training import (
     Resume,
     Threads,
@@ -101,14 +101,7 @@ def _show(folder: Path, card: dict[str, Any], seconds: float, *, as_json: bool) 
 
 def outcome_table(card: dict[str, Any]) -> Table:
     """What every method keeps of the trained model."""
-    table = Table(
-        title=f"{card['task']}, held-out data",
-        title_justify="left",
-        box=None,
-        pad_edge=False,
-        header_style="bold",
-        padding=(0, 2, 0, 0),
-    )
+    table = plain_table(f"{card['task']}, held-out data")
     several = len({row["on"] for row in card["outcomes"]}) > 1
     if several:
         table.add_column("on")

@@ -67,6 +67,16 @@ class Outcome:
     note: str = ""
 
 
+def standard_error(value_N: Tensor) -> float:
+    """Standard error of the mean of N samples.
+
+    Example:
+        >>> standard_error(torch.tensor([1.0, 3.0, 1.0, 3.0]))  # doctest: +ELLIPSIS
+        0.577...
+    """
+    return float(value_N.std()) / len(value_N) ** 0.5
+
+
 class Task(ABC):
     """Data, model, loss and measurement of one training.
 

@@ -5,7 +5,6 @@ Legend: B clips, F frames, K frames kept, J joints.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -22,7 +21,7 @@ from foveate.methods.hot import HoT, pose_loss
 from foveate.models.backbones import MixSTE, MixSTEConfig
 from foveate.training.loop import Tell
 from foveate.training.sizes import Stage
-from foveate.training.task import Outcome, Task, TaskSize
+from foveate.training.task import Outcome, Task, TaskSize, standard_error
 from foveate.training.tasks.poses_data import Clips, make_clips
 
 #: Frames of a clip, frames kept, and the pair of blocks in front of which the others leave.
@@ -268,7 +267,7 @@ def judged(on: str, found: dict[str, Measured], *, compares: bool) -> list[Outco
                 float(gain_C.mean()),
                 found["hot"].share,
                 bar="better by two standard errors",
-                met=bool(gain_C.mean() > 2 * _standard_error(gain_C)),
+                met=bool(gain_C.mean() > 2 * standard_error(gain_C)),
                 on=on,
                 note=f"error beside theirs: {_versus(hot_C, other_C)}",
             )
@@ -279,8 +278,4 @@ def judged(on: str, found: dict[str, Measured], *, compares: bool) -> list[Outco
 def _versus(error_C: Tensor, other_C: Tensor) -> str:
     gap_C = error_C - other_C
     part = 100 * float(gap_C.mean() / other_C.mean())
-    return f"{part:+.1f} %, standard error {_standard_error(gap_C):.2f} mm of {len(gap_C)} clips"
-
-
-def _standard_error(value_C: Tensor) -> float:
-    return float(value_C.std()) / math.sqrt(len(value_C))
+    return f"{part:+.1f} %, standard error {standard_error(gap_C):.2f} mm of {len(gap_C)} clips"

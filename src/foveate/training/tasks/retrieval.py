@@ -28,7 +28,7 @@ from foveate.methods.centerclip import Algorithm, CenterCLIP
 from foveate.methods.tempme import TempMe
 from foveate.training.loop import Tell
 from foveate.training.sizes import Stage
-from foveate.training.task import Outcome, Task, TaskSize
+from foveate.training.task import Outcome, Task, TaskSize, standard_error
 from foveate.training.tasks.retrieval_data import COLOR_FACTS, FRAMES, make_clips
 from foveate.training.tasks.retrieval_model import (
     TempMeInTraining,
@@ -356,5 +356,5 @@ def _outcomes(entries: list[_Entry], found: list[_Found], speed: dict[str, float
 
 def _versus(one: _Found, other: _Found, name: str) -> str:
     gap_N = 100 * (one.hits_N - other.hits_N)
-    error = float(gap_N.std()) / math.sqrt(len(gap_N))
+    error = standard_error(gap_N)
     return f"{float(gap_N.mean()):+.1f} points of {name}, standard error {error:.1f}"

@@ -21,7 +21,7 @@ from foveate.methods.tovim import ToPViM
 from foveate.models.backbones import VisionMamba, VisionMambaConfig
 from foveate.training.loop import Tell
 from foveate.training.sizes import Stage
-from foveate.training.task import Outcome, Task, TaskSize
+from foveate.training.task import Outcome, Task, TaskSize, standard_error
 from foveate.training.tasks.scan_data import SHAPES, draw_pictures
 
 #: Patches that leave the last block, as a fraction, in fine-tuning and in the measurement.
@@ -201,7 +201,7 @@ def outcome_rows(found: dict[str, Tensor], shares: dict[str, float]) -> list[Out
 def _gain(right_N: Tensor, other_N: Tensor) -> tuple[float, float]:
     """Mean of the paired differences and its standard error."""
     gain_N = right_N.double() - other_N.double()
-    return float(gain_N.mean()), float(gain_N.std()) / len(gain_N) ** 0.5
+    return float(gain_N.mean()), standard_error(gain_N)
 
 
 def _versus(right_N: Tensor, other_N: Tensor, name: str) -> str:

@@ -23,7 +23,7 @@ from foveate.models.backbones import ViS4mer, ViS4merConfig
 from foveate.models.backbones.s4d import S4D
 from foveate.training.loop import Tell
 from foveate.training.sizes import Stage
-from foveate.training.task import Outcome, Task, TaskSize
+from foveate.training.task import Outcome, Task, TaskSize, standard_error
 from foveate.training.tasks.sequences_data import ORDERS, draw_sequences
 
 #: Share of tokens that the mask generator is trained to keep, and weight of its loss.
@@ -274,7 +274,9 @@ def _rows(found: dict[str, Found]) -> list[Outcome]:
         _row(f"{share}, untouched model", metric, found["random, s4"].right),
     ]
     gap = float(whole.right.mean()) - float(drawn.right.mean())
-    rows[3] = replace(rows[3], bar="falls short of untouched", met=gap > 2 * _error(whole.right))
+    rows[3] = replace(
+        rows[3], bar="falls short of untouched", met=gap > 2 * standard_error(whole.right)
+    )
     kept = float(s5.planted.mean())
     rows.append(
         Outcome(
@@ -304,11 +306,7 @@ def _row(
     if other_N is None:
         return Outcome(recipe, metric, value, flops)
     gain_N = value_N - other_N
-    gain, error = float(gain_N.mean()), _error(gain_N)
+    gain, error = float(gain_N.mean()), standard_error(gain_N)
     met = gain > -2 * error if at_least else gain > 2 * error
     note = f"{gain:+.2f} points, standard error {error:.2f}"
     return Outcome(recipe, metric, value, flops, bar, met, note=note)
-
-
-def _error(value_N: Tensor) -> float:
-    return float(value_N.std()) / len(value_N) ** 0.5

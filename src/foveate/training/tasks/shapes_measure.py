@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy
 import foveate
 from foveate.attach import Attachment
 from foveate.training.loop import Tell
-from foveate.training.task import Outcome
+from foveate.training.task import Outcome, standard_error
 from foveate.training.tasks.shapes_data import NUM_CLASSES, draw_pictures
 from foveate.training.tasks.shapes_model import EARLY, IMAGE_BLOCKS, PLANE
 
@@ -171,7 +171,7 @@ class Bench:
         self.right_B[run.recipe] = right_B
         self.cost[run.recipe] = cross_entropy(label_BK, self.held.label_B).item()
         value = 100 * right_B.mean().item()
-        note = f"standard error {100 * _error(right_B):.2f}" if not run.method else ""
+        note = f"standard error {100 * standard_error(right_B):.2f}" if not run.method else ""
         return self._told(Outcome(run.recipe, ACCURACY, value, run.share(), note=note))
 
     def segmented(self, run: Pass, segment: str = "segment") -> Outcome:
@@ -204,7 +204,7 @@ class Bench:
     def against(self, row: Outcome, other: Outcome) -> str:
         """The difference in accuracy of two rows on the same pictures, with its standard error."""
         more_B = self.right_B[row.recipe] - self.right_B[other.recipe]
-        points, error = 100 * more_B.mean().item(), 100 * _error(more_B)
+        points, error = 100 * more_B.mean().item(), 100 * standard_error(more_B)
         return f"{points:+.2f} ± {error:.2f} points against {other.recipe}"
 
     def _told(self, row: Outcome) -> Outcome:
@@ -360,11 +360,6 @@ def mean_iou(pairs_KK: Tensor) -> float:
 def _pairs(true_BP: Tensor, found_BP: Tensor) -> Tensor:
     index = (true_BP * NUM_CLASSES + found_BP).flatten()
     return torch.bincount(index, minlength=NUM_CLASSES**2).view(NUM_CLASSES, -1).double()
-
-
-def _error(x_B: Tensor) -> float:
-    """Standard error of a mean."""
-    return (x_B.std() / len(x_B) ** 0.5).item()
 
 
 def _asked(row: Outcome, bar: str, met: bool, *notes: str) -> Outcome:
