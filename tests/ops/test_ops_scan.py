@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from foveate import ops
+from foveate.ops import _recurrence
 
 
 def by_hand(decay: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
@@ -16,23 +17,55 @@ def by_hand(decay: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
     return torch.stack(states)
 
 
+@pytest.fixture(params=["loop", "chunks"])
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways to compute a recurrence, whatever its size."""
+    monkeypatch.setattr(_recurrence, "_LOOP_FROM", 0 if request.param == "loop" else 1 << 60)
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 7, 16, 17, 257])
-def test_recurrence_in_chunks_is_the_loop(length):
+def test_recurrence_is_that_of_one_step_after_another(length, dtype, form):
     generator = torch.Generator().manual_seed(length)
-    decay = torch.rand(length, 3, 2, generator=generator, dtype=torch.float64)
-    added = torch.randn(length, 3, 2, generator=generator, dtype=torch.float64)
+    decay = torch.rand(length, 3, 2, generator=generator, dtype=dtype) / 2**0.5
+    added = torch.randn(length, 3, 2, generator=generator, dtype=dtype)
     torch.testing.assert_close(ops.linear_recurrence(decay, added), by_hand(decay, added))
 
 
-def test_recurrence_has_the_gradient_of_the_loop():
-    torch.manual_seed(0)
-    decay = torch.rand(10, 2, dtype=torch.float64, requires_grad=True)
-    added = torch.randn(10, 2, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(10, 2, dtype=torch.float64)
-    mine = torch.autograd.grad((ops.linear_recurrence(decay, added) * weight).sum(), (decay, added))
-    loop = torch.autograd.grad((by_hand(decay, added) * weight).sum(), (decay, added))
-    for a, b in zip(mine, loop, strict=True):
-        torch.testing.assert_close(a, b)
+def test_recurrence_of_no_steps_and_of_mixed_types(form):
+    assert ops.linear_recurrence(torch.ones(0, 3), torch.ones(0, 3)).shape == (0, 3)
+    decay = torch.full((4,), 0.5j)
+    found = ops.linear_recurrence(decay, torch.ones(4))
+    torch.testing.assert_close(found, by_hand(decay, torch.ones(4) + 0j))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+@pytest.mark.parametrize("length", [1, 2, 5])
+def test_recurrence_has_the_gradients_of_the_loop(length, dtype, form):
+    torch.manual_seed(length)
+    decay = torch.rand(length, 2, dtype=dtype, requires_grad=True)
+    added = torch.randn(length, 2, dtype=dtype, requires_grad=True)
+    assert torch.autograd.gradcheck(ops.linear_recurrence, (decay, added))
+    assert torch.autograd.gradgradcheck(ops.linear_recurrence, (decay, added))
+    weight = torch.randn(length, 2, dtype=dtype)
+    each = (ops.linear_recurrence, by_hand)
+    mine, loop = (
+        torch.autograd.grad(
+            (of(decay, added) * weight).sum().abs(), (decay, added), allow_unused=True
+        )
+        for of in each
+    )
+    torch.testing.assert_close(mine[1], loop[1])
+    if length > 1:
+        torch.testing.assert_close(mine[0], loop[0])
+
+
+def test_gradient_of_the_inputs_alone(form):
+    added = torch.randn(5, 2, requires_grad=True)
+    decay = torch.full((5, 2), 0.5)
+    (found,) = torch.autograd.grad(ops.linear_recurrence(decay, added).sum(), added)
+    torch.testing.assert_close(found[:, 0], 2 - 0.5 ** torch.arange(4.0, -1, -1))
 
 
 def test_recurrence_refuses_other_shapes():
@@ -75,6 +108,46 @@ def test_gaps_are_steps_without_input():
     assert (found - dense).abs().max() < 1e-6
     naive = ops.selective_scan(**short)
     assert (naive - dense).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("length", [1, 3])
+def test_scan_has_first_and_second_derivatives(length, form):
+    given = {k: v.double().requires_grad_() for k, v in inputs(length, 2, 2, 2).items()}
+    gap = torch.arange(length).expand(2, -1)
+
+    def scan(*values):
+        return ops.selective_scan(**dict(zip(given, values, strict=True)), gap_BL=gap)
+
+    values = tuple(given.values())
+    assert torch.autograd.gradcheck(scan, values, fast_mode=True)
+    assert torch.autograd.gradgradcheck(scan, values, fast_mode=True)
+
+
+def test_both_ways_to_scan_agree_with_and_without_gradients(monkeypatch):
+    given = {k: v.requires_grad_() for k, v in inputs().items()}
+    gap = torch.arange(23).expand(2, -1) % 3
+    found = []
+    for start in (0, 1 << 60):
+        monkeypatch.setattr(_recurrence, "_LOOP_FROM", start)
+        y = ops.selective_scan(**given, gap_BL=gap)
+        with torch.inference_mode():
+            assert torch.equal(ops.selective_scan(**given, gap_BL=gap), y)
+        found.append((y, *torch.autograd.grad(y.square().sum(), tuple(given.values()))))
+    for loop, chunks in zip(*found, strict=True):
+        torch.testing.assert_close(loop, chunks, rtol=1e-4, atol=1e-4)
+
+
+def test_only_what_needs_a_gradient_gets_one(form):
+    given = inputs()
+    given["A_ES"].requires_grad_()
+    y = ops.selective_scan(**given)
+    (found,) = torch.autograd.grad(y.sum(), given["A_ES"], create_graph=True)
+    assert found.shape == given["A_ES"].shape and bool(found.abs().sum() > 0)
+
+
+def test_a_scan_of_no_steps_or_no_images(form):
+    for length, B in ((0, 2), (4, 0)):
+        assert ops.selective_scan(**inputs(length, B)).shape == (B, 4, length)
 
 
 def test_what_comes_before_the_first_gap_is_as_in_the_full_scan():

@@ -1,26 +1,27 @@
 """Linear recurrences: Mamba's selective scan, over gaps in the sequence and along many paths.
 
 Legend of shape suffixes: B batch, E inner channels, S states of a channel, L steps, K kept tokens,
-P scan paths, N places of the full sequence, C chunks of c steps.
+P scan paths, N places of the full sequence.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, silu, softplus
 
 from foveate.ops._common import full_precision, require_dims, require_shape, widen
+from foveate.ops._recurrence import recur, scan_outputs
 
 
 def linear_recurrence(decay_L: Tensor, input_L: Tensor) -> Tensor:
     """Every state of `h_t = decay_t * h_(t-1) + input_t` from `h = 0`, over the first axis.
 
-    Steps run in chunks of about sqrt(L), all chunks side by side, and then the chunks' ends one
-    after the other: 2 sqrt(L) dependent operations in place of L. O(L) memory and about three
-    times the work of one loop. Gradients flow; real or complex.
+    On a CPU a loop over the steps, where a step holds enough for it. Else steps run in chunks of
+    about sqrt(L), all chunks side by side, and then the chunks' ends one after the other: 2 sqrt(L)
+    dependent operations in place of L for three times the work. The gradient is the same recurrence
+    run backwards, so that only the states are kept for it, and has gradients of its own; real or
+    complex.
 
     Args:
         decay_L: [L, ...], magnitude at most 1 for a stable result.
@@ -36,25 +37,9 @@ def linear_recurrence(decay_L: Tensor, input_L: Tensor) -> Tensor:
     if decay_L.dim() == 0:
         raise ValueError("decay must be [L, ...], got a single number")
     require_shape(input_L, tuple(decay_L.shape), "input")
-    length = decay_L.shape[0]
-    if length == 0:
-        return input_L
-    size = max(1, math.isqrt(length))
-    chunks = -(-length // size)
-    rows = (0, 0) * (decay_L.dim() - 1) + (0, chunks * size - length)
-    # A step that neither decays nor adds leaves the state alone.
-    decay_Cc = pad(decay_L, rows, value=1.0).unflatten(0, (chunks, size))
-    input_Cc = pad(input_L, rows).unflatten(0, (chunks, size))
-    states, carries = [input_Cc[:, 0]], [decay_Cc[:, 0]]
-    for step in range(1, size):
-        states.append(decay_Cc[:, step] * states[-1] + input_Cc[:, step])
-        carries.append(decay_Cc[:, step] * carries[-1])
-    end, ends = torch.zeros_like(states[0][0]), []
-    for chunk in range(chunks):
-        ends.append(end)
-        end = carries[-1][chunk] * end + states[-1][chunk]
-    state_Cc = torch.stack(states, 1) + torch.stack(carries, 1) * torch.stack(ends)[:, None]
-    return state_Cc.flatten(0, 1)[:length]
+    kind = torch.promote_types(decay_L.dtype, input_L.dtype)
+    # Before the first step there is nothing to decay.
+    return recur(decay_L[1:].to(kind), input_L.to(kind))
 
 
 def selective_scan(
@@ -75,7 +60,8 @@ def selective_scan(
     With gaps it is the scan of a longer sequence of which only some steps are given: before step t
     lie `gap_BL[t]` steps without input, whose raw Delta is 0, so that Delta_0 = softplus(bias).
     They only let the state decay, so all of them fold into one exponent, exp((Delta_t + gap_t
-    Delta_0) A): nothing is computed for a step that is not there. O(B E S L), in float32.
+    Delta_0) A): nothing is computed for a step that is not there. O(B E S L), in float32; on a CPU
+    without gradients the states of one step are all that is held.
 
     Args:
         u_BEL: input.
@@ -113,15 +99,13 @@ def selective_scan(
         if delta_softplus:
             delta_BEL, empty_E = softplus(delta_BEL), softplus(empty_E)
         u = widen(u_BEL)
-        decay_BEL = delta_BEL
+        time_BEL = delta_BEL
         if gap_BL is not None:
             require_shape(gap_BL, (B, L), "gap")
-            decay_BEL = delta_BEL + gap_BL[:, None].to(empty_E) * empty_E[:, None]
-        decay_LBES = (decay_BEL.permute(2, 0, 1)[..., None] * widen(A_ES)).exp()
-        into_LBE = (delta_BEL * u).permute(2, 0, 1)
-        input_LBES = into_LBE[..., None] * widen(B_BSL).permute(2, 0, 1)[:, :, None]
-        state_LBES = linear_recurrence(decay_LBES, input_LBES)
-        y_LBE = (state_LBES @ widen(C_BSL).permute(2, 0, 1)[..., None])[..., 0]
+            time_BEL = delta_BEL + gap_BL[:, None].to(empty_E) * empty_E[:, None]
+        B_LBS, C_LBS = (widen(x).permute(2, 0, 1) for x in (B_BSL, C_BSL))
+        time_LBE, input_LBE = (x.permute(2, 0, 1) for x in (time_BEL, delta_BEL * u))
+        y_LBE = scan_outputs(time_LBE, input_LBE, widen(A_ES), B_LBS, C_LBS)
         y_BEL = y_LBE.permute(1, 2, 0)
         if D_E is not None:
             y_BEL = y_BEL + u * widen(D_E)[:, None]
