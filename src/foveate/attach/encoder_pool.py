@@ -28,8 +28,8 @@ def around(
     """Hooks in front of an encoder and behind it, and for a head that pools what it gives."""
     first, last = tower.start or tower.module, tower.end or tower.module
     handles: list[Any] = [first.register_forward_pre_hook(start, with_kwargs=True)]
-    if tower.pool is not None:
-        PooledTokens(tower.pool, last, run).install(handles)
+    for pool in tower.pools:
+        PooledTokens(pool, run).install(handles)
     for module in dict.fromkeys((last, tower.module)):  # the latter also where a block has failed
         handles.append(module.register_forward_hook(finish, always_call=True))
     return handles
@@ -49,56 +49,74 @@ def token_weights(run: EncoderRun | None) -> torch.Tensor | None:
 
 
 class PooledTokens(OfOneModel):
-    """Hooks that make the mean of merged tokens the mean of the patches they stand for.
+    """Hooks that have a head pool merged tokens as the patches they stand for.
 
-    The mean is taken inside a method of the encoder, which no hook sees, so it is taken once more
-    where it arrives. Only if what arrives is the mean of the last call's tokens: whoever calls the
-    head with others gets what they call for.
+    A mean is taken inside a method of the model, which no hook sees, so it is taken once more,
+    weighted, where it arrives. An attention gets the log of the sizes as its mask. Only if what
+    arrives is of the last call's tokens: whoever calls the head with others gets what they call
+    for.
 
     Args:
         pool: the head.
-        end: the module whose output the head reads.
         run: gives the running call.
     """
 
-    def __init__(
-        self, pool: TokenPool, end: nn.Module, run: Callable[[], EncoderRun | None]
-    ) -> None:
-        self.pool, self.end, self.run = pool, end, run
+    def __init__(self, pool: TokenPool, run: Callable[[], EncoderRun | None]) -> None:
+        self.pool, self.run = pool, run
         self._local = threading.local()
 
     def install(self, handles: list[Any]) -> None:
         """Register the hooks, adding them to `handles`."""
-        handles.append(self.end.register_forward_hook(self._left))
-        handles.append(self.pool.module.register_forward_pre_hook(self._pooled))
+        hook = {"mean": self._mean, "attention": self._attention, "other": self._other}
+        handles.append(self.pool.source.register_forward_hook(self._left))
+        handles.append(
+            self.pool.module.register_forward_pre_hook(hook[self.pool.kind], with_kwargs=True)
+        )
 
-    def _left(self, module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+    def _left(self, module: nn.Module, args: tuple, output: Any) -> None:
         run, self._local.last = self.run(), None
         weight_BM = token_weights(run)
         if run is None or weight_BM is None:
             return
+        x_BMC = output if isinstance(output, torch.Tensor) else output[0]
         is_ragged = run.tokens is not None and run.tokens.mask_BN is not None
         # Weak: nobody may need the features any more, and this must not keep them.
-        self._local.last = weakref.ref(output), weight_BM, is_ragged
+        self._local.last = weakref.ref(x_BMC), weight_BM, is_ragged
 
-    def _pooled(self, module: nn.Module, args: tuple) -> Any:
+    def _last(self) -> tuple[torch.Tensor, torch.Tensor, bool] | None:
+        """The last call's tokens, what each stands for, and whether some are padding."""
         last, self._local.last = getattr(self._local, "last", None), None
         if last is None or (x_BMC := last[0]()) is None:
             return None
-        _, weight_BM, is_ragged = last
-        if not self.pool.is_mean:
-            if is_ragged:
-                raise AttachmentError(
-                    "The images of this call differ in length, and the head of this encoder would "
-                    "read the padding: pass restore=True, call forward_features() and pool its "
-                    "tokens yourself, or use a method that keeps as many of every image."
-                )
+        return x_BMC, *last[1:]
+
+    def _mean(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        last = self._last()
+        if last is None or not args:
             return None
-        x_BMC, weight_BM = x_BMC[:, self.pool.first :], weight_BM[:, self.pool.first :]
-        if not torch.equal(args[0], x_BMC.mean(dim=1)):
+        x_BMC, weight_BM = last[0][:, self.pool.first :], last[1][:, self.pool.first :]
+        # In front of the mean other channels may lie, those of [CLS].
+        others_BE, mean_BC = args[0][:, : -x_BMC.shape[2]], args[0][:, -x_BMC.shape[2] :]
+        if not torch.equal(mean_BC, x_BMC.mean(dim=1)):
             return None
         share_BM = weight_BM / weight_BM.sum(1, keepdim=True)
-        return (torch.einsum("bm,bmc->bc", share_BM.to(x_BMC.dtype), x_BMC), *args[1:])
+        weighted_BC = torch.einsum("bm,bmc->bc", share_BM.to(x_BMC.dtype), x_BMC)
+        return (torch.cat([others_BE, weighted_BC], dim=1), *args[1:]), kwargs
+
+    def _attention(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        last = self._last()
+        if last is None or len(args) != 3 or kwargs or args[1] is not last[0]:
+            return None
+        return args, {"key_padding_mask": last[1].log().to(last[0].dtype)}
+
+    def _other(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        last = self._last()
+        if last is not None and last[2]:
+            raise AttachmentError(
+                "The images of this call differ in length, and the head of this encoder would "
+                "read the padding: pass restore=True, call forward_features() and pool its "
+                "tokens yourself, or use a method that keeps as many of every image."
+            )
 
 
 class Replaced:

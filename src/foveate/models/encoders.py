@@ -5,7 +5,8 @@ Legend: B images, h and w in pixels.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from dataclasses import replace
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -14,7 +15,7 @@ from foveate.core.grid import Grid, Plane
 from foveate.models.dims import vision_dims
 from foveate.models.llava import patch_grid
 from foveate.models.maps import stretch_each
-from foveate.models.tower import VisionTower, build_tower
+from foveate.models.tower import TokenPool, VisionTower, build_tower
 
 
 class EncoderAdapter:
@@ -35,10 +36,20 @@ class EncoderAdapter:
 
     def tower(self, model: nn.Module) -> VisionTower:
         """The encoder; all of its blocks count, so `feature_block` is the last."""
+        encoder = self.encoder(model)
+        tower = build_tower(encoder)
+        return replace(tower, pools=tuple(self.pools(model, encoder, tower)))
+
+    def encoder(self, model: nn.Module) -> nn.Module:
+        """The part of a model that is the encoder; the model itself where it has no such part."""
         for name in self.roots:
             if isinstance(inner := model._modules.get(name), nn.Module):
-                return self.tower(inner)
-        return build_tower(model)
+                return self.encoder(inner)
+        return model
+
+    def pools(self, model: Any, encoder: Any, tower: VisionTower) -> list[TokenPool]:
+        """Heads of a model that read all tokens, so that merged ones weigh what they stand for."""
+        return []
 
     def dims(self, model: nn.Module) -> EncoderDims:
         """What the encoder's FLOPs depend on.
@@ -85,6 +96,10 @@ class Dinov2Adapter(EncoderAdapter):
     docs_name = "DINOv2"
     roots: ClassVar = ("dinov2", "dinov2_with_registers")
 
+    def pools(self, model: Any, encoder: Any, tower: VisionTower) -> list[TokenPool]:
+        """The classifier, which reads [CLS] and the mean of the patches."""
+        return _classifier(model, encoder, encoder.layernorm, tower.num_prefix)
+
 
 class CLIPAdapter(EncoderAdapter):
     """CLIP's vision encoder, alone or in the pair with its text encoder."""
@@ -94,6 +109,10 @@ class CLIPAdapter(EncoderAdapter):
     docs_name = "CLIP"
     roots: ClassVar = ("vision_model",)
 
+    def pools(self, model: Any, encoder: Any, tower: VisionTower) -> list[TokenPool]:
+        """The classifier, which reads the mean of the patches, not normalised."""
+        return _classifier(model, encoder, encoder, tower.num_prefix)
+
 
 class SiglipAdapter(EncoderAdapter):
     """SigLIP's vision encoder, which has no [CLS], alone or with its text encoder."""
@@ -102,3 +121,19 @@ class SiglipAdapter(EncoderAdapter):
     model_types: ClassVar = ("siglip", "siglip_vision_model")
     docs_name = "SigLIP"
     roots: ClassVar = ("vision_model",)
+
+    def pools(self, model: Any, encoder: Any, tower: VisionTower) -> list[TokenPool]:
+        """The encoder's head, in which a learnt query attends to the patches; the classifier."""
+        norm = encoder.post_layernorm
+        pools = _classifier(model, encoder, norm, 0)
+        if (head := getattr(encoder, "head", None)) is not None:
+            pools.append(TokenPool(head.attention, norm, 0, "attention"))
+        return pools
+
+
+def _classifier(model: Any, encoder: nn.Module, source: nn.Module, first: int) -> list[TokenPool]:
+    """The classifier of a model that has one around its encoder."""
+    head = getattr(model, "classifier", None)
+    if model is encoder or not isinstance(head, nn.Module):
+        return []
+    return [TokenPool(head, source, first, "mean")]

@@ -58,7 +58,7 @@ class TimmAdapter(EncoderAdapter):
             start=vit.patch_embed,
             end=vit.norm,
             refuses=("forward_intermediates",),
-            pool=_pool(vit),
+            pools=_pools(vit),
         )
 
     def dims(self, model: nn.Module) -> EncoderDims:
@@ -125,9 +125,10 @@ def _stride(embed: Any) -> tuple[int, int]:
     return pair(embed.patch_size)
 
 
-def _pool(vit: Any) -> TokenPool | None:
+def _pools(vit: Any) -> tuple[TokenPool, ...]:
     """The head, where it reads more than one token."""
     if vit.global_pool in ("", "token") or not hasattr(vit, "fc_norm"):
-        return None
+        return ()
     first = 0 if getattr(vit, "pool_include_prefix", False) else vit.num_prefix_tokens
-    return TokenPool(vit.fc_norm, int(first), vit.global_pool == "avg")
+    kind = "mean" if vit.global_pool == "avg" else "other"
+    return (TokenPool(vit.fc_norm, vit.norm, int(first), kind),)

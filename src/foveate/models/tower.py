@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -22,14 +22,17 @@ class TokenPool:
     """A head that makes one vector of all tokens an encoder gives.
 
     Args:
-        module: its input is that vector.
-        first: tokens in front of those that it is made of.
-        is_mean: it is their mean; otherwise something else of them.
+        module: what reads the tokens: of a "mean" its input is that vector, alone or behind other
+            channels; of an "attention" it is the `nn.MultiheadAttention` with the tokens as keys.
+        source: its output is the tokens.
+        first: tokens in front of those that the vector is made of.
+        kind: "mean", "attention", or "other" where it is something else of them.
     """
 
     module: nn.Module
+    source: nn.Module
     first: int
-    is_mean: bool
+    kind: Literal["mean", "attention", "other"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +69,7 @@ class VisionTower:
             themselves; None: `module`.
         end: runs behind the last block, likewise.
         refuses: names of methods of `module` that expect full length between the blocks.
-        pool: the head behind the encoder, where it is known to make one vector of all tokens.
+        pools: heads behind the encoder that are known to make one vector of all tokens.
     """
 
     module: nn.Module
@@ -90,7 +93,7 @@ class VisionTower:
     start: nn.Module | None = field(default=None, repr=False)
     end: nn.Module | None = field(default=None, repr=False)
     refuses: tuple[str, ...] = ()
-    pool: TokenPool | None = field(default=None, repr=False)
+    pools: tuple[TokenPool, ...] = field(default=(), repr=False)
 
     def qk_taps(self, block: int) -> dict[str, nn.Module]:
         """The modules of a block whose forward outputs `assemble_qk` takes, by name."""
