@@ -9,7 +9,6 @@ Legend: B samples of a call, N tokens of one of them, K tokens that are left.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from foveate.attach.single import OfOneModel
+from foveate.attach.single import OfOneRun
 from foveate.core import (
     BackboneContext,
     BackboneMethod,
@@ -91,7 +90,7 @@ class BackboneRun:
     read: set[str] = field(default_factory=set)
 
 
-class BackboneStage(OfOneModel):
+class BackboneStage(OfOneRun[BackboneRun]):
     """Encoder-stage methods on one backbone.
 
     Args:
@@ -130,23 +129,12 @@ class BackboneStage(OfOneModel):
         methods = [step.method for step in recipe]
         self.steps = [(i, m) for i, m in enumerate(methods) if isinstance(m, BackboneMethod)]
         self.cuts = {number: tuple(m.cuts(self.num_blocks)) for number, m in self.steps}
-        self._finished: Callable[[BackboneRun], None] = lambda run: None
-        self._local = threading.local()
+        super().__init__()
 
     @property
     def num_blocks(self) -> int:
         """Blocks of the backbone."""
         return len(self.seams) - 1
-
-    @property
-    def run(self) -> BackboneRun | None:
-        """The running call in this thread."""
-        return getattr(self._local, "run", None)
-
-    def when_over(self, call: Callable[[BackboneRun], None]) -> Callable[[BackboneRun], None]:
-        """Have `call` told of every run that is over; a decorator."""
-        self._finished = call
-        return call
 
     # -- hooks ----------------------------------------------------------------------------------
 

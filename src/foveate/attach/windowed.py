@@ -10,7 +10,6 @@ Legend: B images of a call, N tokens of one of them in the stage concerned.
 from __future__ import annotations
 
 import functools
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -20,7 +19,7 @@ import torch
 
 from foveate.attach.encoder_pool import Replaced
 from foveate.attach.gating import pixels_of
-from foveate.attach.single import OfOneModel
+from foveate.attach.single import OfOneRun
 from foveate.core import (
     Budget,
     Evidence,
@@ -65,7 +64,7 @@ class WindowRun:
     seconds: float = 0.0
 
 
-class WindowStage(OfOneModel):
+class WindowStage(OfOneRun[WindowRun]):
     """One method on the longest stage of one encoder.
 
     Args:
@@ -109,18 +108,7 @@ class WindowStage(OfOneModel):
                 f"stage of this encoder has {len(self.blocks)} (stages of {depths}; Swin-T has 6 "
                 "there, Swin-S and larger 18)."
             )
-        self._finished: Callable[[WindowRun], None] = lambda run: None
-        self._local = threading.local()
-
-    @property
-    def run(self) -> WindowRun | None:
-        """The running call in this thread."""
-        return getattr(self._local, "run", None)
-
-    def when_over(self, call: Callable[[WindowRun], None]) -> Callable[[WindowRun], None]:
-        """Have `call` told of every run that is over; a decorator."""
-        self._finished = call
-        return call
+        super().__init__()
 
     # -- hooks ----------------------------------------------------------------------------------
 
