@@ -13,13 +13,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from foveate.core.hardware import hardware
 
 #: Recipes that choose frames, and what is asked without any.
 RECIPES = (
@@ -37,15 +38,9 @@ SCORERS: dict[str, dict[str, Any]] = {
 }
 
 
-def hardware() -> str:
-    """Processor, cores and date, for the line under a table."""
-    names = [
-        line.split(":", 1)[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
-    today = datetime.now(UTC).date().isoformat()
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores; {today}"
+def machine() -> str:
+    """Processor and date, for the line under a table."""
+    return f"{hardware('cpu')}; {datetime.now(UTC).date().isoformat()}"
 
 
 # -- needles --------------------------------------------------------------------------------------
@@ -95,7 +90,7 @@ def needles(clips: int, seconds: float, first: int, recipes: list[str], chosen: 
         cells = " | ".join(str(wilson(count[recipe], clips)) for count in (found, right))
         print(f"| {seconds:g} s | `{recipe}` | {cells} |", flush=True)
     if looked:
-        print(f"{chosen}: {1e3 * spent / looked:.1f} ms per frame looked at; {hardware()}")
+        print(f"{chosen}: {1e3 * spent / looked:.1f} ms per frame looked at; {machine()}")
 
 
 # -- an hour --------------------------------------------------------------------------------------
@@ -164,7 +159,7 @@ def hour(folder: Path, minutes: float, fps: float, recipes: list[str], extra: li
             print(f"| {' | '.join(cells)} |", flush=True)
     if any(recipe != "uniform" for recipe in recipes):
         print(f"the frames of every second, decoded to 64 x 64 alone: {decoded(path):.1f} s")
-    print(hardware())
+    print(machine())
 
 
 def even(path: Path, frames: int) -> list[float]:

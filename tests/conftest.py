@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
 
 # Before anything imports transformers or torch: both read the environment once, at import.
@@ -15,7 +16,9 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     _workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _workers)))
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 from matrix_record import (  # noqa: F401  # hooks of --record-matrix
@@ -34,6 +37,14 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("foveate")
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers() -> None:
+    """Start every test from the same state of the generators, whichever ran before it."""
+    random.seed(0)
+    np.random.seed(0)  # what a test draws without a generator of its own
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

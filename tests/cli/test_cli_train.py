@@ -254,3 +254,33 @@ def test_without_the_weights_it_says_where_to_get_some(
     code, out, err = ask(clip, "what is it?")
     assert code == 2 and not out
     assert err.startswith("error: this installation comes without the embedded model: train one")
+
+
+def test_a_task_prints_what_was_asked_and_fits_a_narrow_terminal() -> None:
+    from rich.console import Console
+
+    from foveate.cli.training_tasks import outcome_table
+
+    rows = [
+        ("", "untouched", "right (%)", 64.25, 1.0, "", None),
+        ("", "tome(retain=0.5)", "right (%)", 63.0, 0.551, "within a point of untouched", False),
+        ("small ones", "tome[half]", "kept (%)", 12.5, None, "at least a tenth", True),
+    ]
+    names = ("on", "recipe", "metric", "value", "flops", "bar", "met")
+    card = {"task": "shapes", "outcomes": [dict(zip(names, row, strict=True)) for row in rows]}
+    console = Console(width=66)
+    with console.capture() as caught:
+        console.print(outcome_table(card))
+    lines = [line.rstrip() for line in caught.get().splitlines()]
+    assert max(map(len, lines)) <= 66
+    assert [line.split() for line in lines[2:5]] == [
+        ["right", "(%)"],
+        ["untouched", "64.25", "100.0", "%"],
+        ["tome(retain=0.5)", "63.00", "55.1", "%"],
+    ]
+    assert lines[5:] == [
+        "    asked: within a point of untouched: not met",
+        "kept (%), small ones",
+        f"{'  tome[half]':<{len(lines[3].split('64.25')[0])}}12.50",
+        "    asked: at least a tenth: met",
+    ]

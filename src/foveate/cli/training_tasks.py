@@ -8,7 +8,9 @@ from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
 from foveate.cli.options import Device, Json, checked_device
 from foveate.cli.output import command, out, plain_table, print_json, quiet
@@ -100,24 +102,27 @@ def _show(folder: Path, card: dict[str, Any], seconds: float, *, as_json: bool) 
 
 
 def outcome_table(card: dict[str, Any]) -> Table:
-    """What every method keeps of the trained model."""
+    """What every method keeps of the trained model: a group of rows for every metric."""
     table = plain_table(f"{card['task']}, held-out data")
-    several = len({row["on"] for row in card["outcomes"]}) > 1
-    if several:
-        table.add_column("on")
-    table.add_column("recipe", no_wrap=True)
-    table.add_column("metric")
+    table.add_column("recipe")
     for name in ("value", "FLOPs"):
-        table.add_column(name, justify="right")
-    table.add_column("asked")
+        table.add_column(name, justify="right", no_wrap=True)
+    group = None
     for row in card["outcomes"]:
-        flops = "" if row["flops"] is None else f"{row['flops']:.1%}"
-        asked = ""
+        if (row["on"], row["metric"]) != group:
+            group = (row["on"], row["metric"])
+            heading = ", ".join(filter(None, (row["metric"], row["on"])))
+            table.add_row(f"[bold]{escape(heading)}[/]")
+        flops = "" if row["flops"] is None else f"{100 * row['flops']:.1f} %"
+        table.add_row(_indented(row["recipe"], 2), f"{row['value']:.2f}", flops)
         if row["bar"]:
-            asked = f"{row['bar']}: {'yes' if row['met'] else 'no'}"
-        cells = [row["recipe"], row["metric"], f"{row['value']:.2f}", flops, asked]
-        table.add_row(*([row["on"]] if several else []), *(escape(cell) for cell in cells))
+            answer = "met" if row["met"] else "not met"
+            table.add_row(_indented(f"asked: {row['bar']}: {answer}", 4, "dim"))
     return table
+
+
+def _indented(text: str, columns: int, style: str = "") -> Padding:
+    return Padding(Text(text, style), (0, 0, 0, columns))
 
 
 for _name, _summary in TASK_SUMMARIES.items():
