@@ -20,8 +20,13 @@ def by_hand(decay: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
 @pytest.fixture(params=["loop", "chunks"])
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways to compute a recurrence, whatever its size."""
-    monkeypatch.setattr(_recurrence, "_LOOP_FROM", 0 if request.param == "loop" else 1 << 60)
+    choose(monkeypatch, request.param)
     return request.param
+
+
+def choose(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    for name in ("_LOOP_FROM", "_SCAN_FROM"):
+        monkeypatch.setattr(_recurrence, name, 0 if form == "loop" else 1 << 60)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
@@ -127,8 +132,8 @@ def test_both_ways_to_scan_agree_with_and_without_gradients(monkeypatch):
     given = {k: v.requires_grad_() for k, v in inputs().items()}
     gap = torch.arange(23).expand(2, -1) % 3
     found = []
-    for start in (0, 1 << 60):
-        monkeypatch.setattr(_recurrence, "_LOOP_FROM", start)
+    for way in ("loop", "chunks"):
+        choose(monkeypatch, way)
         y = ops.selective_scan(**given, gap_BL=gap)
         with torch.inference_mode():
             assert torch.equal(ops.selective_scan(**given, gap_BL=gap), y)

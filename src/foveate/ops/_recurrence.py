@@ -15,16 +15,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn.functional import pad
 
-#: From so many numbers a step on, a loop on the CPU beats chunks (benchmarks/test_ops_scan.py).
-_LOOP_FROM = 512
-
-
-def loop_pays(first: Tensor) -> bool:
-    """Whether a loop over steps is the fastest way, from what one step holds.
-
-    A loop touches every number once and works inside the caches, but calls an operation a step.
-    """
-    return first.device.type == "cpu" and first.numel() >= max(1, _LOOP_FROM)
+#: Numbers of a step from which a loop on the CPU beats chunks, of a recurrence alone and of a scan
+#: that calls several operations a step (benchmarks/test_recurrence_forms.py).
+_LOOP_FROM, _SCAN_FROM = 512, 2048
 
 
 class Recurrence(Function):
@@ -37,7 +30,8 @@ class Recurrence(Function):
     @staticmethod
     def forward(decay_T: Tensor, input_L: Tensor, backwards: bool) -> Tensor:
         """States [L, ...] from decays [L - 1, ...] between steps and inputs [L, ...], L > 0."""
-        if loop_pays(input_L[0]):
+        # A loop touches every number once and inside the caches, but calls an operation a step.
+        if input_L.device.type == "cpu" and input_L[0].numel() >= _LOOP_FROM:
             return _in_a_loop(decay_T, input_L, backwards)
         if backwards:
             return _in_chunks(decay_T.flip(0), input_L.flip(0)).flip(0)
@@ -111,7 +105,8 @@ def scan_outputs(
     On a CPU step by step: states, decays and products of a step stay in its caches, and where no
     gradient is asked for only one state is held.
     """
-    if not loop_pays(input_LBE[:1, ..., None].expand(-1, -1, -1, A_ES.shape[1])):
+    numbers = input_LBE[:1].numel() * A_ES.shape[1]
+    if input_LBE.device.type != "cpu" or not numbers or numbers < _SCAN_FROM:
         return _outputs_at_once(time_LBE, input_LBE, A_ES, B_LBS, C_LBS)
     given = [x.contiguous() for x in (time_LBE, input_LBE, A_ES, B_LBS, C_LBS)]
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in given)

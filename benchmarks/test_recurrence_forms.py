@@ -1,11 +1,11 @@
 """From how many numbers a step is a loop over the steps faster than chunks of them?
 
-    OMP_NUM_THREADS=1 python -m pytest benchmarks/test_ops_scan.py --benchmark-enable \
+    OMP_NUM_THREADS=1 python -m pytest benchmarks/test_recurrence_forms.py --benchmark-enable \
         --benchmark-columns=median,iqr,rounds --benchmark-sort=name
 
-`foveate.ops.linear_recurrence` and `selective_scan` choose by this table (`_LOOP_FROM`); each case
-is timed forwards and, with its gradients, back. Without `--benchmark-enable` every case runs once
-and only its result is checked.
+`foveate.ops.linear_recurrence` and `selective_scan` choose by this table (`_LOOP_FROM` and
+`_SCAN_FROM` in ops/_recurrence.py); each case is timed forwards and, with its gradients, back.
+Without `--benchmark-enable` every case runs once and only its result is checked.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def inputs(B: int, E: int, S: int, L: int) -> dict[str, Tensor]:
 def test_selective_scan(benchmark, monkeypatch, case: str, form: str, way: str) -> None:
     given = inputs(*CASES[case])
     expected = ops.selective_scan(**given)
-    monkeypatch.setattr(_recurrence, "_LOOP_FROM", FORMS[form])
+    monkeypatch.setattr(_recurrence, "_SCAN_FROM", FORMS[form])
 
     def run() -> Tensor:
         if way == "forwards":
