@@ -218,6 +218,18 @@ def test_attention_rows_masks_and_dtype():
     torch.testing.assert_close(attention_rows(q[:1], k[:1], attn_mask=bias), got[:1])
 
 
+def test_one_row_is_the_same_whatever_the_keys_lie_like():
+    q, k = qk(N=1, G=4)
+    beside = k.transpose(1, 2).contiguous().transpose(1, 2)
+    fused = torch.stack([k, k], 2).permute(0, 3, 2, 1, 4).contiguous()[:, :, 1].transpose(1, 2)
+    assert beside.stride() != k.stride() != fused.stride()
+    key_mask = torch.arange(7).expand(2, 7) >= torch.tensor([[2], [0]])
+    want = attention_rows(q, k, key_mask=key_mask)
+    for other in (beside, fused):
+        assert torch.equal(other, k)
+        torch.testing.assert_close(attention_rows(q, other, key_mask=key_mask), want)
+
+
 def test_attention_rows_gradient_has_no_nan_in_dead_rows():
     q, k = qk(N=1)
     q.requires_grad_()

@@ -235,8 +235,9 @@ class Attachment(OfOneModel):
             self._attach_encoder_alone(self._adapter, bool(restore))
         else:
             self._attach_language_model(self._adapter)
+        name = str(self.recipe)
         for module in self.model.modules():
-            _HOOKED[module] = str(self.recipe)
+            _HOOKED[module] = name
             self._hooked.append(module)
 
     def _new_report(self) -> Report:

@@ -29,6 +29,7 @@ from foveate.attach.encoder_lora import lora_handles
 from foveate.attach.encoder_pool import around, refusing
 from foveate.attach.encoder_run import (
     EncoderRun,
+    NoBranch,
     acts_at,
     loses_some,
     recovered,
@@ -267,7 +268,7 @@ class EncoderStage(OfOneModel):
             return None
         run.stash.append(output)
         # The block adds this to a stream that is still long; its sum is thrown away.
-        return output.new_zeros(1, 1, 1)
+        return output.new_zeros(1, 1, 1).as_subclass(NoBranch)
 
     def _after_block(self, index: int) -> Callable:
         def hook(module: nn.Module, args: tuple, output: Any) -> Any:
@@ -279,7 +280,8 @@ class EncoderStage(OfOneModel):
             if changed:
                 x_BMD, mlp_BMD = run.stash
                 gain = self.tower.mlp_gain(index)
-                y_BND = x_BMD + (mlp_BMD if gain is None else gain * mlp_BMD)
+                # With a gain in one pass over the stream.
+                y_BND = x_BMD + mlp_BMD if gain is None else torch.addcmul(x_BMD, mlp_BMD, gain)
                 run.stash = []
             y_BND, shorter = self._reduce_at("block_end", index, y_BND)
             changed |= shorter

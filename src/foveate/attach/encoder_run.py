@@ -123,6 +123,30 @@ class EncoderRun:
         return flops
 
 
+class NoBranch(torch.Tensor):
+    """Zeros in the place of a branch: added to a stream they give that itself, without a pass.
+
+    Example:
+        >>> stream = torch.randn(1, 3, 2)
+        >>> (stream + 0.5 * torch.zeros(1, 1, 1).as_subclass(NoBranch)) is stream
+        True
+    """
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if len(args) == 2 and not kwargs:
+            name, (a, b) = func.__name__.strip("_"), args
+            if name in ("add", "radd", "iadd"):
+                stream = b if isinstance(a, cls) else a
+                if isinstance(stream, torch.Tensor) and not isinstance(stream, cls):
+                    return stream
+            if name in ("mul", "rmul"):
+                return a if isinstance(a, cls) else b
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
 def acts_at(method: Method, point: EncoderPoint) -> bool:
     """Whether a method's encoder stage is asked there."""
     points = method.encoder_point

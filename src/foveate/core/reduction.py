@@ -349,7 +349,8 @@ class Reduction:
         missing_BM = self.anchor_BM < 0
         if missing_BM.device.type == "cpu" and not missing_BM.any():
             return out_BM
-        return fill_rows(out_BM, missing_BM, fill)
+        shape = (*missing_BM.shape, *(1,) * (out_BM.dim() - 2))
+        return out_BM.masked_fill_(missing_BM.view(shape), fill)  # what was read is a copy
 
     def restore(self, y_BM: torch.Tensor, fill: float = 0.0) -> torch.Tensor:
         """Un-merge to full length, [B, M, ...] -> [B, N, ...].
@@ -386,8 +387,8 @@ class Reduction:
         if self.kind == "select":
             return self.gather(size_BN)
         if self.kind == "merge":
-            assert self.weight_BN is not None
-            return self._sums(size_BN, torch.ones_like(self.weight_BN))
+            total_BM1 = scatter_sum(size_BN[..., None], self.groups_BN, self.num_out)
+            return total_BM1[..., 0].to(size_BN.dtype)
         if self.matrix_BMN is None:
             one_BM = torch.ones_like(self.anchor_BM, dtype=size_BN.dtype)
             return one_BM if self.mask_BM is None else one_BM.masked_fill(~self.mask_BM, 0)

@@ -343,7 +343,7 @@ class FlowCut(Method):
             "two_cuts": torch.tensor(flags or [0.0] * B, device=device),
             "group": group_BP,
             # Without a layout the projector stage may have to choose where nothing was cut.
-            "always": torch.tensor(not flags, device=device),
+            "always": torch.tensor(not flags and context.acts("projector"), device=device),
         }
 
     def _num_dropped(

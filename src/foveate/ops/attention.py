@@ -205,7 +205,7 @@ def attention_rows(
     M = k_BHMD.shape[2]
     factor = D**-0.5 if scale is None else scale
     with full_precision(q_BHRD.device):
-        logits_BHRM = (widen(q_BHRD) * factor) @ widen(k_BHMD).transpose(-1, -2)
+        logits_BHRM = _logits(widen(q_BHRD) * factor, widen(k_BHMD))
         if key_mask is not None:
             require_shape(key_mask, (B, M), "key_mask")
             logits_BHRM = logits_BHRM.masked_fill(~key_mask[:, None, None], -torch.inf)
@@ -221,6 +221,20 @@ def attention_rows(
         if pair is not None:
             logits_BHRM = apply_mask(logits_BHRM, pair)
         return masked_softmax(logits_BHRM)
+
+
+def _logits(q_BHRD: Tensor, k_BHMD: Tensor) -> Tensor:
+    """Products of queries and keys, [B, H, R, M]."""
+    _, H, R, D = q_BHRD.shape
+    side_by_side = k_BHMD.stride()[1::2] == (D, 1)
+    if R != 1 or not side_by_side:
+        return q_BHRD @ k_BHMD.transpose(-1, -2)
+    # As encoders lay keys out, heads of a token beside each other, a product by head copies them
+    # all first. One with the query of every head in channels of its own reads them where they lie.
+    own_HH = torch.eye(H, dtype=q_BHRD.dtype, device=q_BHRD.device)
+    q_BHC = (q_BHRD * own_HH[..., None]).flatten(2)
+    keys_BMC = k_BHMD.transpose(1, 2).flatten(2)
+    return (q_BHC @ keys_BMC.transpose(1, 2))[:, :, None]
 
 
 def attention_matrix(

@@ -53,7 +53,8 @@ def weighted_group_sum(
     source_R = (assignment_BN.flatten() >= 0).nonzero()[:, 0]
     group_R, order_R = group_N[source_R].sort(stable=True)
     source_R = source_R[order_R]
-    first_G = torch.searchsorted(group_R, torch.arange(B * num_groups, device=x_BND.device))
+    count_G = group_R.new_zeros(B * num_groups).scatter_add_(0, group_R, torch.ones_like(group_R))
+    first_G = count_G.cumsum(0) - count_G
     table, row_R = x_BND.reshape(B * N, D), source_R
     if table.dtype != wide:
         # Sums of half-precision rows are made in float32; only rows that take part are converted.
