@@ -14,13 +14,16 @@ import torch
 from safetensors.torch import load_file
 
 import foveate
+from foveate.methods.centerclip import CenterCLIP
 from foveate.methods.tempme import TempMe
 from foveate.training import TaskTraining, load_task, make_task
+from foveate.training.tasks import retrieval_data
 from foveate.training.tasks.retrieval_data import (
     FRAMES,
     PLACES,
     SIDE,
     VOCABULARY,
+    Clips,
     captions_of,
     make_clips,
     objects_of,
@@ -28,9 +31,11 @@ from foveate.training.tasks.retrieval_data import (
     sample_clips,
     tokenize,
 )
+from foveate.training.tasks.retrieval_measure import COPIES, SAMPLED, SHARES
 from foveate.training.tasks.retrieval_model import (
     TempMeInTraining,
     Updates,
+    WeightedCenterCLIP,
     embed_captions,
     embed_clips,
     make_clip,
@@ -91,7 +96,7 @@ def test_captions_do_not_tell_which_way_things_move() -> None:
     forth, back = (
         render_clips(x, all_frames(64), np.random.default_rng(0)) for x in (clips, backwards)
     )
-    assert (forth.float() - back.flip(1).float()).abs().mean() < 12  # the noise of 8 alone
+    assert (forth.float() - back.flip(1).float()).abs().mean() < 3  # the noise of 2 alone
 
 
 def test_named_objects_are_those_of_the_caption() -> None:
@@ -104,6 +109,31 @@ def test_named_objects_are_those_of_the_caption() -> None:
             named |= {(words[1], word) for word in words if word in facts}
         colors = tuple(COLORS)
         assert {(colors[c], facts[k]) for c, k in objects.nonzero().tolist()} == named
+
+
+def test_grounds_stay_and_frames_have_noise_of_their_own() -> None:
+    clips = clips_of(8)
+    empty = replace(clips, there_BO=np.zeros_like(clips.there_BO))
+    x_BF3HW = render_clips(empty, all_frames(8), np.random.default_rng(0)).float()
+    mean_B3HW = x_BF3HW.mean(1)
+    assert 1.5 < (x_BF3HW - mean_B3HW[:, None]).std() < 2.5
+    beside_B3HW = mean_B3HW[..., 1:] - mean_B3HW[..., :-1]  # without the gradient from top down
+    assert 7 < beside_B3HW.std() / 2**0.5 < 9
+
+
+def test_segments_are_drawn_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def render(clips: Clips, frame_BF: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
+        seen.append(frame_BF)
+        return render_clips(clips, frame_BF, rng)
+
+    monkeypatch.setattr(retrieval_data, "render_clips", render)
+    assert make_clips((0,), 32, 6, 3)["pixels"].shape[1] == 6
+    frame_BS3 = seen[0].reshape(32, 2, 3)
+    assert (np.diff(frame_BS3, axis=2) == 1).all() and (frame_BS3[..., 0] % 3 == 0).all()
+    assert (frame_BS3[:, 0, 0] < frame_BS3[:, 1, 0]).all()
+    assert len(np.unique(frame_BS3[..., 0], axis=0)) == 6  # all pairs of four segments
 
 
 def test_shapes_differ() -> None:
@@ -181,6 +211,52 @@ def test_tempme_is_trained_as_its_weights_are_applied(tmp_path: Path) -> None:
     ]
 
 
+def test_random_tokens_are_other_ones_every_step() -> None:
+    task = make_task("retrieval", "tiny")
+    torch.manual_seed(0)
+    modules = task.build()
+    batch = task.batch("random_12", 0)
+    with torch.no_grad():
+        for stage, differ in (("random_12", True), ("centerclip_12", False), ("whole", False)):
+            first, second = (
+                task.loss(stage, modules, {**batch, "step": torch.tensor(step)})[0]
+                for step in (0, 1)
+            )
+            assert (first != second) == differ
+
+
+@torch.no_grad()
+def test_weighting_by_sizes_needs_no_training() -> None:
+    clip, _ = a_model()
+    pixels = make_clips((0,), 2)["pixels"]
+    same = pixels[:, :1].expand(-1, FRAMES, -1, -1, -1)  # each patch three times in a segment
+    found = {}
+    for kind in (CenterCLIP, WeightedCenterCLIP):
+        with foveate.reduce(clip, kind(clip_frames=FRAMES), retain=1 / 3):
+            found[kind] = embed_clips(clip, same)
+    torch.testing.assert_close(found[CenterCLIP], embed_clips(clip, same), **CLOSE)
+    # [CLS] of three frames counts three times as much, too: all sizes are alike.
+    torch.testing.assert_close(found[WeightedCenterCLIP], found[CenterCLIP], **CLOSE)
+    for kind in (CenterCLIP, WeightedCenterCLIP):
+        with foveate.reduce(clip, kind(clip_frames=FRAMES), retain=1 / 12) as run:
+            found[kind] = embed_clips(clip, same)
+            assert sum(run.report.stages[0].after) > 0
+    assert (found[WeightedCenterCLIP] - found[CenterCLIP]).abs().max() > 1e-4
+
+
+def test_copies_are_tuned_at_every_share() -> None:
+    assert list(SAMPLED.values()) == [
+        (algorithm, share) for share in SHARES for algorithm in ("k_medoids", "random")
+    ]
+    assert set(make_task("retrieval").stages) == {
+        "frames",
+        "clips",
+        "unmerged",
+        "tempme",
+        *COPIES,
+    }
+
+
 @torch.no_grad()
 def test_updates_of_captions_are_those_of_changed_weights() -> None:
     clip, updates = a_model(None)
@@ -204,7 +280,7 @@ def test_updates_alone_learn_behind_the_second_stage(tmp_path: Path) -> None:
     state = torch.load(folder / "clips.pt", weights_only=True)["modules"]
     for name, x in state["clip"].items():
         assert torch.equal(trained[f"clip.{name}"], x)
-    for stage in ("centerclip", "random"):  # copies, which have gone on
+    for stage in COPIES:  # which have gone on
         gone_BD = trained[f"{stage}.visual_projection.weight"]
         moved = (gone_BD - trained["clip.visual_projection.weight"]).abs().max()
         assert 0 < moved < 0.1

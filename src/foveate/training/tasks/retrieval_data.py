@@ -17,7 +17,10 @@ from foveate.world.vocabulary import COLORS, REGIONS, SHAPES
 #: Frames of a clip.
 FRAMES = 12
 #: Side of a frame in pixels.
-SIDE = 40
+SIDE = 60
+#: Standard deviations, in levels of 256, of the ground's grain, which stays from frame to frame,
+#: and of the noise of every frame.
+_GRAIN, _NOISE = 8.0, 2.0
 #: Most objects of a clip.
 OBJECTS = 3
 PLACES = tuple(place for row in REGIONS for place in row)
@@ -89,14 +92,14 @@ def sample_clips(rng: np.random.Generator, num: int) -> Clips:
         moves_BO,
         places_BO2,
         (middle_BO22 + beside_BO12).astype(np.float32),
-        rng.uniform(0.34, 0.46, (num, OBJECTS)).astype(np.float32) * cell,
+        rng.uniform(0.29, 0.36, (num, OBJECTS)).astype(np.float32) * cell,
         rng.uniform(40, 130, (num, 2, 1)).astype(np.float32)
         + rng.uniform(-20, 20, (num, 2, 3)).astype(np.float32),
     )
 
 
 def render_clips(clips: Clips, frame_BF: np.ndarray, rng: np.random.Generator) -> Tensor:
-    """The frames of clips, uint8 [B, F, 3, 40, 40], with noise; O(B F O H W).
+    """The frames of clips, uint8 [B, F, 3, 60, 60], with noise; O(B F O H W).
 
     Args:
         clips: from `sample_clips`.
@@ -111,8 +114,10 @@ def render_clips(clips: Clips, frame_BF: np.ndarray, rng: np.random.Generator) -
     top_B131, bottom_B131 = clips.ground_B23[:, :1, :, None], clips.ground_B23[:, 1:, :, None]
     ground_B3H1 = top_B131.transpose(0, 2, 1, 3) * (1 - down_H1)
     ground_B3H1 = ground_B3H1 + bottom_B131.transpose(0, 2, 1, 3) * down_H1
-    shape = (*frame_BF.shape, 3, SIDE, SIDE)
-    x_BF3HW = rng.standard_normal(shape, dtype=np.float32) * 8 + ground_B3H1[:, None]
+    B, F = frame_BF.shape
+    grain_B3HW = rng.standard_normal((B, 3, SIDE, SIDE), dtype=np.float32) * _GRAIN
+    x_BF3HW = rng.standard_normal((B, F, 3, SIDE, SIDE), dtype=np.float32) * _NOISE
+    x_BF3HW += (ground_B3H1 + grain_B3HW)[:, None]
     for number in range(OBJECTS):
         mask_BF1HW = mask_BOFHW[:, number, :, None]
         x_BF3HW += mask_BF1HW * (_RGB[clips.color_BO[:, number], None, :, None, None] - x_BF3HW)
@@ -232,27 +237,32 @@ def tokenize(captions: Sequence[str]) -> Tensor:
     return torch.from_numpy(rows)
 
 
-def make_clips(seed: Sequence[int], num: int, frames: int = FRAMES) -> dict[str, Tensor]:
+def make_clips(
+    seed: Sequence[int], num: int, frames: int = FRAMES, together: int = 1
+) -> dict[str, Tensor]:
     """Clips with captions that follow from the seed alone.
 
     Args:
         seed: numbers of the stream.
         num: of clips.
         frames: of each: all of them in order, or so many that are drawn at random.
+        together: frames in a row that are drawn together, as one segment of a clip; divides both.
 
     Returns:
-        "pixels" uint8 [B, F, 3, 40, 40], "words" int64 [B, 35] and "objects" as `objects_of`.
+        "pixels" uint8 [B, F, 3, 60, 60], "words" int64 [B, 35] and "objects" as `objects_of`.
 
     Example:
         >>> batch = make_clips((0, 1), 2, frames=1)
         >>> tuple(batch["pixels"].shape), tuple(batch["words"].shape)
-        ((2, 1, 3, 40, 40), (2, 35))
+        ((2, 1, 3, 60, 60), (2, 35))
     """
     rng = np.random.Generator(np.random.PCG64(list(seed)))
     clips = sample_clips(rng, num)
     frame_BF = np.broadcast_to(np.arange(FRAMES), (num, FRAMES))
     if frames < FRAMES:
-        frame_BF = np.sort(rng.random((num, FRAMES)).argsort(1)[:, :frames], 1)
+        order_BS = rng.random((num, FRAMES // together)).argsort(1)
+        drawn_BS1 = np.sort(order_BS[:, : frames // together], 1)[..., None]
+        frame_BF = (drawn_BS1 * together + np.arange(together)).reshape(num, frames)
     return {
         "pixels": render_clips(clips, frame_BF, rng),
         "words": tokenize(captions_of(clips)),
