@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,17 +12,26 @@ from safetensors.torch import save_file
 
 import foveate
 from foveate.training import make_task
+from foveate.training.tasks.shapes_bench import HeldOut, Pass, mean_iou, times
 from foveate.training.tasks.shapes_data import (
     COLOURS,
     NUM_CLASSES,
     PATCH,
     SIDE,
     TEXTURES,
+    Mosaics,
     Pictures,
+    draw_mosaics,
     draw_pictures,
 )
-from foveate.training.tasks.shapes_measure import HeldOut, mean_iou, recover_flops, stvit_weights
-from foveate.training.tasks.shapes_model import IMAGE_BLOCKS, depths, semantic_run
+from foveate.training.tasks.shapes_model import (
+    EARLY,
+    IMAGE_BLOCKS,
+    depths,
+    exit_run,
+    semantic_run,
+)
+from foveate.training.tasks.shapes_trained import recover_flops, stvit_weights
 
 
 def drawn(count: int = 64, seed: int = 0, **kind: object) -> Pictures:
@@ -73,6 +83,34 @@ def test_a_window_shows_the_marked_shape_whole() -> None:
     np.testing.assert_allclose(whole.marked_Bhw.sum((1, 2)), part.marked_Bhw.sum((1, 2)), rtol=1e-5)
 
 
+def mosaics(count: int = 64) -> Mosaics:
+    return draw_mosaics(np.random.Generator(np.random.PCG64(0)), count)
+
+
+def test_mosaics_have_no_ground_and_patches_of_what_they_show() -> None:
+    drawn_mosaics = mosaics()
+    assert drawn_mosaics.patch_Bhw.min() == 1 and drawn_mosaics.patch_Bhw.max() == len(TEXTURES)
+    np.testing.assert_allclose(drawn_mosaics.share_BT.sum(1), 1, rtol=1e-5)
+    assert ((drawn_mosaics.share_BT > 0).sum(1) <= 3).all()
+    kinds = np.arange(1, NUM_CLASSES)
+    of_patches_BT = (drawn_mosaics.patch_Bhw[..., None] == kinds).mean((1, 2))
+    assert np.abs(of_patches_BT - drawn_mosaics.share_BT).max() < 0.08
+    held = HeldOut.mosaics(0, 102, 4, torch.device("cpu"))
+    assert held.share_BT is not None and held.target is held.share_BT
+    torch.testing.assert_close(held.label_B, held.share_BT.argmax(1))
+
+
+def test_a_plain_mosaic_is_flatter_than_one_of_checks() -> None:
+    drawn_mosaics = mosaics(128)
+    deviation_Bhw = (
+        drawn_mosaics.pixels_B3SS.mean(1)
+        .reshape(-1, SIDE // PATCH, PATCH, SIDE // PATCH, PATCH)
+        .std((2, 4))
+    )
+    plain, *others = (deviation_Bhw[drawn_mosaics.patch_Bhw == kind].mean() for kind in range(1, 6))
+    assert all(plain < 0.6 * other for other in others)
+
+
 def test_held_out_pictures_are_none_of_the_training() -> None:
     task = make_task("shapes", "tiny")
     held = HeldOut.draw(0, 100, 4, torch.device("cpu"))
@@ -114,6 +152,41 @@ def test_the_semantic_network_trains_as_stvit_runs_it(
         full = modules["semantic"](pixels).last_hidden_state
     torch.testing.assert_close(short[:, 0], cls_BC, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(full[:, 1:], patch_BPC, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tau", [0.3, 1.0])
+def test_exits_train_as_dtop_runs(modules: dict[str, torch.nn.Module], tau: float) -> None:
+    pixels, heads = torch.from_numpy(drawn(4).pixels_B3SS), modules["exits_masks"]
+    assert isinstance(heads, torch.nn.ModuleList)
+    found = exit_run(modules["exits"], list(heads), pixels, tau)
+    options = {"tau": tau, "after": EARLY, "heads": tuple(heads)}
+    with foveate.reduce(modules["exits"], "dtop", **options) as run:  # type: ignore[arg-type]
+        modules["exits"](pixels)
+    assert run.dense is not None and len(found) == len(EARLY) + 1
+    left = (run.dense.stage_BP < len(EARLY)).double().mean()
+    assert left > 0.2 if tau < 1 else left == 0
+    canvas_BKP, class_BK2 = found[-1]
+    torch.testing.assert_close(canvas_BKP, run.dense.mask_logits_BKP, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(class_BK2, run.dense.class_logits_BK2, rtol=1e-4, atol=1e-5)
+
+
+def test_passes_are_timed_in_turn_with_their_methods(
+    modules: dict[str, torch.nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = HeldOut.draw(0, 100, 2, torch.device("cpu"))
+    runs = [Pass(modules["trunk"], held), Pass(modules["trunk"], held, "tome", {"tokens": 59})]
+    # Both of the first round, which does not count, then 2 s, 4 s, 6 s, 8 s, 4 s and 6 s.
+    clock = iter([0, 9, 0, 9, 0, 2, 0, 4, 0, 6, 0, 8, 0, 4, 0, 6])
+    fake = SimpleNamespace(perf_counter=lambda: next(clock))
+    monkeypatch.setattr("foveate.training.tasks.shapes_bench.time", fake)
+    tokens: list[int] = []
+    last = modules["trunk"].layers[-1]  # type: ignore[index]
+    hook = last.register_forward_hook(lambda _, args, out: tokens.append(args[0].shape[1]))
+    try:
+        assert times(runs, 3) == [1000 * 4 / 2, 1000 * 6 / 2]
+    finally:
+        hook.remove()
+    assert tokens[::2] == [197] * 4 and all(number < 100 for number in tokens[1::2])
 
 
 def test_the_block_that_recovers_is_counted(modules: dict[str, torch.nn.Module]) -> None:

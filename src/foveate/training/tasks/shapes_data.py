@@ -26,6 +26,10 @@ NUM_LABELS, NUM_CLASSES = len(TEXTURES) * len(COLOURS), len(TEXTURES) + 1
 SIDE, PATCH = 56, 4
 #: Smallest and largest half extent of a shape; most shapes of a picture.
 RADII, MOST = (5.0, 9.0), 5
+#: Half extents of needles, smaller than any shape of the training.
+NEEDLE_RADII = (3.0, 4.0)
+#: Regions of a mosaic.
+REGIONS = 16
 #: A shape and its soft edge never reach further than this from its middle.
 _REACH = 12
 #: Cells of a side in which the middles of shapes lie; width of outlines in pixels.
@@ -105,6 +109,52 @@ def draw_pictures(
     )
 
 
+@dataclass(frozen=True)
+class Mosaics:
+    """Pictures that regions of texture cover wholly.
+
+    Attributes:
+        pixels_B3SS: float32, about -1 to 1.
+        share_BT: fraction of every picture that each texture covers, float32.
+        patch_Bhw: class of every patch, int64, as of `Pictures`; never 0.
+
+    Example:
+        >>> drawn = draw_mosaics(np.random.Generator(np.random.PCG64(0)), 3)
+        >>> drawn.pixels_B3SS.shape, drawn.share_BT.sum(1).round(3).tolist()
+        ((3, 3, 56, 56), [1.0, 1.0, 1.0])
+    """
+
+    pixels_B3SS: np.ndarray
+    share_BT: np.ndarray
+    patch_Bhw: np.ndarray
+
+
+def draw_mosaics(rng: np.random.Generator, count: int) -> Mosaics:
+    """New pictures of regions of three textures, in one colour, O(count regions S^2).
+
+    Args:
+        rng: every number is drawn from it.
+        count: B.
+    """
+    B, at_S = count, np.arange(SIDE, dtype=np.float32) + 0.5
+    seed_BR2 = rng.uniform(0, SIDE, (B, REGIONS, 2)).astype(np.float32)
+    away_BR2S = (seed_BR2[..., None] - at_S) ** 2
+    region_BSS = (away_BR2S[:, :, 0, :, None] + away_BR2S[:, :, 1, None]).argmin(1)
+    few_B3 = rng.random((B, len(TEXTURES))).argsort(1)[:, :3]
+    kind_BR = np.take_along_axis(few_B3, rng.integers(3, size=(B, REGIONS)), 1)
+    phase_BR2 = rng.uniform(0, 2 * np.pi, (B, REGIONS, 2)).astype(np.float32)
+    picture_B11 = np.arange(B)[:, None, None]
+    kind_BSS, phase_BSS2 = kind_BR[picture_B11, region_BSS], phase_BR2[picture_B11, region_BSS]
+    across_BSS = _FINE * at_S + phase_BSS2[..., 0]
+    down_BSS = _FINE * at_S[:, None] + phase_BSS2[..., 1]
+    bright_BSS = _CONTRAST * _texture(kind_BSS, across_BSS, down_BSS)
+    base_B3 = rng.uniform(0.35, 0.6, (B, 1)) + rng.uniform(-0.08, 0.08, (B, 3))
+    pixels = base_B3.astype(np.float32)[..., None, None] + bright_BSS[:, None]
+    pixels += 0.05 * rng.standard_normal((B, 1, SIDE, SIDE), np.float32)
+    share_BT = np.stack([(kind_BSS == kind).mean((1, 2)) for kind in range(len(TEXTURES))], 1)
+    return Mosaics(2 * pixels - 1, share_BT.astype(np.float32), _most_common(kind_BSS + 1))
+
+
 def _cast(
     rng: np.random.Generator, clutter_B: np.ndarray, radii: tuple[float, float]
 ) -> dict[str, np.ndarray]:
@@ -159,11 +209,11 @@ def _distance(form_B: np.ndarray, x: np.ndarray, y: np.ndarray, r: np.ndarray) -
     return np.choose(form_B[:, None, None], forms)
 
 
-def _texture(kind_B: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Brightness of textures, -1 to 1, at phases x [B, 1, b] and y [B, b, 1]."""
+def _texture(kind: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Brightness of textures, -1 to 1, at phases x and y; all three as far as [B, b, b]."""
     rows, columns = np.sin(y), np.sin(x)
     textures = np.broadcast_arrays(np.float32(0), rows, columns, rows * columns, np.sin(x + y))
-    return np.choose(kind_B[:, None, None], textures)
+    return np.choose(kind, textures)
 
 
 def _paint(
@@ -186,7 +236,8 @@ def _paint(
     )
     cover, inner = ((0.5 - d).clip(0, 1)[..., None] for d in (distance, distance + _OUTLINE))
     phase = shape["phase"][:, :, None, None]
-    bright = _texture(shape["texture"], _FINE * x + phase[:, 0], _FINE * y + phase[:, 1])
+    kind_B11 = shape["texture"][:, None, None]
+    bright = _texture(kind_B11, _FINE * x + phase[:, 0], _FINE * y + phase[:, 1])
     at = (
         who_B[:, None, None],
         (corner_B2[:, :1] + box)[:, :, None],

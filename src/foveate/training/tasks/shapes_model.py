@@ -9,6 +9,7 @@ columns of patches.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from transformers import ViTConfig, ViTModel
 from foveate import ops
 from foveate.methods.dtop import MaskHead
 from foveate.methods.stvit import CrossBlock
-from foveate.training.tasks.shapes_data import NUM_CLASSES, NUM_LABELS, PATCH, SIDE
+from foveate.training.tasks.shapes_data import NUM_CLASSES, NUM_LABELS, PATCH, SIDE, TEXTURES
 
 #: Rows and columns of patches, and of semantic tokens.
 PLANE, CELLS = (SIDE // PATCH, SIDE // PATCH), (4, 4)
@@ -57,16 +58,27 @@ def build_networks(width: int, layers: int, heads: int, mlp: int) -> dict[str, n
         "classify": nn.Linear(width, NUM_LABELS),
         "segment": nn.Linear(width, NUM_CLASSES),
         "early": nn.ModuleList(nn.Linear(width, NUM_CLASSES) for _ in EARLY),
-        "masks": nn.ModuleList(
-            MaskHead(width, NUM_CLASSES, width // 2, 2, num_layers=2, dropout=0.0)
-            for _ in range(len(EARLY) + 1)
-        ),
+        "masks": _mask_heads(width),
         "semantic": semantic,
         "semantic_classify": nn.Linear(width, NUM_LABELS),
         "semantic_segment": nn.Linear(width, NUM_CLASSES),
         "centres": Centres(width),
         "recover": CrossBlock(width, heads, 2 * width, scale=0.1),
+        "mosaic": ViTModel(config, add_pooling_layer=False),
+        "mosaic_classify": nn.Linear(width, len(TEXTURES)),
+        "mosaic_segment": nn.Linear(width, NUM_CLASSES),
+        "exits": ViTModel(config, add_pooling_layer=False),
+        "exits_masks": _mask_heads(width),
+        "dense": ViTModel(config, add_pooling_layer=False),
+        "dense_masks": _mask_heads(width),
     }
+
+
+def _mask_heads(width: int) -> nn.ModuleList:
+    return nn.ModuleList(
+        MaskHead(width, NUM_CLASSES, width // 2, 2, num_layers=2, dropout=0.0)
+        for _ in range(len(EARLY) + 1)
+    )
 
 
 def waves(width: int) -> Tensor:
@@ -109,8 +121,8 @@ def depths(vit: Any, pixels_B3SS: Tensor, corner_B2: Tensor) -> list[Tensor]:
     return [*found, x_BNC, vit.layernorm(x_BNC)]
 
 
-def read(layer: Any, x_BMC: Tensor, keys_BLC: Tensor) -> Tensor:
-    """A ViT block whose tokens read others, [B, M, C]."""
+def read(layer: Any, x_BMC: Tensor, keys_BLC: Tensor, shown_BL: Tensor | None = None) -> Tensor:
+    """A ViT block whose tokens read others, [B, M, C]; of those only the shown ones, if given."""
     norm, attention = layer.layernorm_before, layer.attention
     split = (attention.config.num_attention_heads, -1)
     q_BHMd = attention.q_proj(norm(x_BMC)).unflatten(2, split).transpose(1, 2)
@@ -119,9 +131,45 @@ def read(layer: Any, x_BMC: Tensor, keys_BLC: Tensor) -> Tensor:
         projection(y_BLC).unflatten(2, split).transpose(1, 2)
         for projection in (attention.k_proj, attention.v_proj)
     )
-    out_BHMd = scaled_dot_product_attention(q_BHMd, k_BHLd, v_BHLd)
+    mask = None if shown_BL is None else shown_BL[:, None, None]
+    out_BHMd = scaled_dot_product_attention(q_BHMd, k_BHLd, v_BHLd, attn_mask=mask)
     x_BMC = x_BMC + attention.o_proj(out_BHMd.transpose(1, 2).flatten(2))
     return x_BMC + layer.mlp(layer.layernorm_after(x_BMC))
+
+
+def exit_run(
+    vit: Any, heads: Sequence[nn.Module], pixels_B3SS: Tensor, tau: float, keep_per_class: int = 5
+) -> list[tuple[Tensor, Tensor]]:
+    """DToP with patches leaving: behind every stage the canvas [B, K, P] and classes [B, K, 2].
+
+    Patches that have left are kept out of the attention, not out of the sequence.
+
+    Args:
+        vit: a `ViTModel`.
+        heads: one per stage.
+        pixels_B3SS: pictures.
+        tau: score above which a patch is final; 1: none leaves.
+        keep_per_class: certain patches of every class that stay all the same.
+
+    Source: DToP (arXiv 2308.01045), as `foveate.methods.dtop` attaches it.
+    """
+    x_BNC = embed(vit, pixels_B3SS, pixels_B3SS.new_zeros(len(pixels_B3SS), 2).long())
+    active_BN = torch.ones_like(x_BNC[..., 0], dtype=torch.bool)
+    found: list[tuple[Tensor, Tensor]] = []
+    for number, layer in enumerate(vit.layers, 1):
+        x_BNC = read(layer, x_BNC, x_BNC, active_BN)
+        if number not in (*EARLY, len(vit.layers)):
+            continue
+        active_BP = active_BN[:, 1:]
+        canvas_BKP, class_BK2 = heads[len(found)](x_BNC[:, 1:].float(), active_BP)
+        if found:
+            canvas_BKP = canvas_BKP.where(active_BP[:, None], found[-1][0])
+        found.append((canvas_BKP, class_BK2))
+        with torch.no_grad():
+            score_BKP = ops.presence_scores(canvas_BKP.float(), class_BK2.float())
+            sure_BP = ops.sure_tokens(score_BKP, tau, keep_per_class, active_BP)
+        active_BN = torch.cat([active_BN[:, :1], active_BP & ~sure_BP], dim=1)
+    return found
 
 
 def semantic_run(modules: dict[str, nn.Module], pixels_B3SS: Tensor) -> tuple[Tensor, Tensor]:
