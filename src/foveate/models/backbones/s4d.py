@@ -227,11 +227,11 @@ class ViS4mer(nn.Module):
         place_BK = stream.place_BK if stream.gaps else None
         if x_BKD.shape[1] < 2:
             raise ValueError(f"Block {index} needs two tokens to pool, one is left: keep more.")
-        x_BKD = _masked(x_BKD, mask_BK)
-        # The norm gives a token of zeros its bias, which would still be an input.
+        # Masked behind the norm, which would give a token of zeros its bias, and not in front of it
+        # as well: the gradient of a mask of 0 has to say what the token would have been.
         z_BKD = _masked(self.norms[index](x_BKD), mask_BK)
         z_BDK = self.s4_layers[index](z_BKD.transpose(1, 2), place_BK, stream.length)
-        x_BDK = x_BKD.transpose(1, 2) + self.dropout(z_BDK)
+        x_BDK = _masked(x_BKD, mask_BK).transpose(1, 2) + self.dropout(z_BDK)
         x_BKD = gelu(self.linears[index](avg_pool1d(x_BDK, 2).transpose(1, 2)))
         if place_BK is None:
             return Stream((x_BKD,), stream.length // 2)

@@ -1,6 +1,7 @@
-"""Long sequences of noise with a few planted tokens, whose order is what there is to know.
+"""Long videos of noise tokens with a few planted ones, whose order is what there is to know.
 
-Legend: B sequences, L tokens, D channels, V the most planted tokens, X those beyond one a symbol.
+Legend: B videos, L tokens, D channels, V the most planted tokens, X those beyond one a symbol, S
+symbols, T things.
 """
 
 from __future__ import annotations
@@ -11,62 +12,84 @@ import numpy as np
 
 #: Symbols that are planted, each at least once.
 SYMBOLS = 3
-#: The least and the most planted tokens of a sequence.
+#: Kinds of things that are planted; a video shows one.
+THINGS = 8
+#: The least and the most planted tokens of a video.
 PLANTED = (3, 5)
 #: The orders of the symbols, which are the classes.
 ORDERS = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
-#: Root mean square of a symbol over the channels; that of noise is 1.
-_LOUDNESS = 5.0
+#: Root mean square over the channels, where that of noise is 1: of what all tokens share, and of
+#: what a planted one has of its symbol and of its thing.
+_COMMON, _SYMBOL, _THING = 1.5, 2.0, 2.0
+#: How much things of one kind differ, per direction.
+_DIFFER = 0.2
 
 
 class Drawn(NamedTuple):
-    """What was drawn.
+    """Videos.
 
     Attributes:
-        tokens: float32 [B, L, D].
+        tokens: float32 [B, L, D], frame after frame.
         planted: bool [B, L].
         label: int64 [B], a place in `ORDERS`.
+        thing: int64 [B], which kind of thing is planted.
     """
 
     tokens: np.ndarray
     planted: np.ndarray
     label: np.ndarray
+    thing: np.ndarray
 
 
-def symbols(width: int) -> np.ndarray:
-    """A direction for each symbol, orthogonal to the others and of length 1, [SYMBOLS, width].
+class Events(NamedTuple):
+    """What happens in videos, before any noise.
+
+    Attributes:
+        row: int64 [E], video of every planted token.
+        place: int64 [E], its place.
+        vector: float32 [E, D], what it has more than other tokens.
+        label: int64 [B].
+        thing: int64 [B].
+    """
+
+    row: np.ndarray
+    place: np.ndarray
+    vector: np.ndarray
+    label: np.ndarray
+    thing: np.ndarray
+
+
+def directions(width: int) -> np.ndarray:
+    """What all tokens share, the symbols, the things: orthogonal, of length 1, [., width].
 
     Raises:
         ValueError: the width is too small for it.
 
     Example:
-        >>> bool(np.allclose(symbols(8) @ symbols(8).T, np.eye(SYMBOLS)))
+        >>> bool(np.allclose(directions(16) @ directions(16).T, np.eye(12)))
         True
     """
-    if width < SYMBOLS:
-        raise ValueError(f"width must be at least {SYMBOLS}, got {width}.")
+    number = 1 + SYMBOLS + THINGS
+    if width < number:
+        raise ValueError(f"width must be at least {number}, got {width}.")
     draw = np.random.Generator(np.random.PCG64(20230326))
-    return np.linalg.qr(draw.normal(size=(width, SYMBOLS)))[0].T
+    return np.linalg.qr(draw.normal(size=(width, number)))[0].T
 
 
-def draw_sequences(
-    draw: np.random.Generator, count: int, length: int, width: int, noisy: float = 1.0
-) -> Drawn:
-    """Sequences in which three symbols come in some order, one to three tokens each.
+def draw_events(
+    draw: np.random.Generator, count: int, frames: int, patches: int, width: int
+) -> Events:
+    """Videos in which three symbols come in some order, in one to three frames each.
 
-    The tokens of a symbol come one behind the other, with noise between them.
+    The tokens of a symbol come one behind the other, each in a frame of its own. All of a video
+    show one thing, which is of one kind and like no other.
 
     Args:
         draw: source of everything that is random.
         count: B.
-        length: L, at least 5.
+        frames: at least 5.
+        patches: tokens of a frame.
         width: D.
-        noisy: share of the other tokens that are noise; the rest is zero. Below 1 for a beginner.
-
-    Example:
-        >>> one = draw_sequences(np.random.default_rng(0), 2, 64, 8)
-        >>> one.tokens.shape, bool((one.planted.sum(1) >= 3).all())
-        ((2, 64, 8), True)
     """
     label_B = draw.integers(0, len(ORDERS), count)
     number_B = draw.integers(PLANTED[0], PLANTED[1] + 1, count)
@@ -77,20 +100,70 @@ def draw_sequences(
     turn_BV = np.sort(np.concatenate([each_BS, np.where(used_BX, extra_BX, SYMBOLS)], 1), 1)
     order_BS = np.concatenate([np.array(ORDERS)[label_B], np.full((count, 1), -1)], 1)
     symbol_BV = np.take_along_axis(order_BS, turn_BV, 1)
-
-    tokens = draw.standard_normal((count, length, width), np.float32)
-    tokens *= draw.random((count, length, 1), np.float32) < noisy
-    planted = np.zeros((count, length), bool)
     row, column = np.nonzero(symbol_BV >= 0)
-    place = _places(draw, number_B, length)[row, column]
-    loud = _LOUDNESS * width**0.5 * symbols(width)
-    tokens[row, place] += loud[symbol_BV[row, column]].astype(np.float32)
-    planted[row, place] = True
-    return Drawn(tokens, planted, label_B)
+    frame = _ascending(draw, number_B, frames)[row, column]
+    place = frame * patches + draw.integers(0, patches, len(row))
+
+    thing_B = draw.integers(0, THINGS, count)
+    look_BT = np.eye(THINGS)[thing_B] + _DIFFER * draw.normal(size=(count, THINGS))
+    look_BT /= np.linalg.norm(look_BT, axis=1, keepdims=True)
+    _, symbols, things = np.split(directions(width), [1, 1 + SYMBOLS])
+    vector = _SYMBOL * symbols[symbol_BV[row, column]] + _THING * (look_BT @ things)[row]
+    return Events(row, place, (width**0.5 * vector).astype(np.float32), label_B, thing_B)
 
 
-def _places(draw: np.random.Generator, number_B: np.ndarray, length: int) -> np.ndarray:
-    """Different places, ascending in the first `number_B` columns, int64 [B, V]."""
-    shuffled_BL = draw.random((len(number_B), length)).argsort(1)[:, : PLANTED[1]]
+def show(
+    draw: np.random.Generator, events: Events, length: int, width: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens [B, L, D] of videos with noise of their own, and which are planted, bool [B, L]."""
+    count = len(events.label)
+    tokens = draw.standard_normal((count, length, width), np.float32)
+    tokens += (_COMMON * width**0.5 * directions(width)[0]).astype(np.float32)
+    planted = np.zeros((count, length), bool)
+    tokens[events.row, events.place] += events.vector
+    planted[events.row, events.place] = True
+    return tokens, planted
+
+
+def draw_videos(
+    draw: np.random.Generator, count: int, frames: int, patches: int, width: int
+) -> Drawn:
+    """Videos as `draw_events` describes them, with noise.
+
+    Example:
+        >>> one = draw_videos(np.random.default_rng(0), 2, 8, 8, 16)
+        >>> one.tokens.shape, bool((one.planted.sum(1) >= 3).all())
+        ((2, 64, 16), True)
+    """
+    events = draw_events(draw, count, frames, patches, width)
+    tokens, planted = show(draw, events, frames * patches, width)
+    return Drawn(tokens, planted, events.label, events.thing)
+
+
+def draw_clips(
+    draw: np.random.Generator, count: int, frames: int, patches: int, width: int
+) -> tuple[Drawn, np.ndarray]:
+    """Whole videos, and of each a short clip: the half that shows more of what is planted.
+
+    Nothing but what is planted is common to both: the noise of the clip is its own.
+
+    Example:
+        >>> long, short = draw_clips(np.random.default_rng(0), 2, 8, 8, 16)
+        >>> long.tokens.shape, short.shape
+        ((2, 64, 16), (2, 32, 16))
+    """
+    length = frames * patches
+    events = draw_events(draw, count, frames, patches, width)
+    tokens, planted = show(draw, events, length, width)
+    again, _ = show(draw, events, length, width)
+    half = frames // 2 * patches
+    late_B = planted[:, half:].sum(1) > planted[:, :half].sum(1)
+    short = np.where(late_B[:, None, None], again[:, length - half :], again[:, :half])
+    return Drawn(tokens, planted, events.label, events.thing), short
+
+
+def _ascending(draw: np.random.Generator, number_B: np.ndarray, end: int) -> np.ndarray:
+    """Different numbers below `end`, ascending in the first `number_B` columns, int64 [B, V]."""
+    shuffled_BE = draw.random((len(number_B), end)).argsort(1)[:, : PLANTED[1]]
     used_BV = np.arange(PLANTED[1]) < number_B[:, None]
-    return np.sort(np.where(used_BV, shuffled_BL, length), 1)
+    return np.sort(np.where(used_BV, shuffled_BE, end), 1)
