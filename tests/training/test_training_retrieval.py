@@ -35,7 +35,6 @@ from foveate.training.tasks.retrieval_measure import COPIES, SAMPLED, SHARES
 from foveate.training.tasks.retrieval_model import (
     TempMeInTraining,
     Updates,
-    WeightedCenterCLIP,
     embed_captions,
     embed_clips,
     make_clip,
@@ -230,18 +229,19 @@ def test_weighting_by_sizes_needs_no_training() -> None:
     clip, _ = a_model()
     pixels = make_clips((0,), 2)["pixels"]
     same = pixels[:, :1].expand(-1, FRAMES, -1, -1, -1)  # each patch three times in a segment
+    plain, weighted = (CenterCLIP(prop_attn=on, clip_frames=FRAMES) for on in (False, True))
     found = {}
-    for kind in (CenterCLIP, WeightedCenterCLIP):
-        with foveate.reduce(clip, kind(clip_frames=FRAMES), retain=1 / 3):
-            found[kind] = embed_clips(clip, same)
-    torch.testing.assert_close(found[CenterCLIP], embed_clips(clip, same), **CLOSE)
+    for method in (plain, weighted):
+        with foveate.reduce(clip, method, retain=1 / 3):
+            found[method] = embed_clips(clip, same)
+    torch.testing.assert_close(found[plain], embed_clips(clip, same), **CLOSE)
     # [CLS] of three frames counts three times as much, too: all sizes are alike.
-    torch.testing.assert_close(found[WeightedCenterCLIP], found[CenterCLIP], **CLOSE)
-    for kind in (CenterCLIP, WeightedCenterCLIP):
-        with foveate.reduce(clip, kind(clip_frames=FRAMES), retain=1 / 12) as run:
-            found[kind] = embed_clips(clip, same)
+    torch.testing.assert_close(found[weighted], found[plain], **CLOSE)
+    for method in (plain, weighted):
+        with foveate.reduce(clip, method, retain=1 / 12) as run:
+            found[method] = embed_clips(clip, same)
             assert sum(run.report.stages[0].after) > 0
-    assert (found[WeightedCenterCLIP] - found[CenterCLIP]).abs().max() > 1e-4
+    assert (found[weighted] - found[plain]).abs().max() > 1e-4
 
 
 def test_copies_are_tuned_at_every_share() -> None:

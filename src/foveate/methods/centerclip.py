@@ -45,6 +45,8 @@ class CenterCLIP(Method):
         sigma: width of the spectral variant's kernel.
         neighbours: links of every token there; None: all.
         clip_frames: of every video, for an encoder alone; None: the images of a call are one.
+        prop_attn: add the log of a cluster's size to the attention logits of later blocks; ours,
+            for an encoder that was not fine-tuned with the clustering.
 
     Raises:
         ValueError: a value is out of range, or, in a call, the frames do not divide into segments.
@@ -70,6 +72,7 @@ class CenterCLIP(Method):
     sigma: float = 2.0
     neighbours: int | None = None
     clip_frames: int | None = None
+    prop_attn: bool = False
 
     card: ClassVar[Card] = Card(
         name="centerclip",
@@ -97,7 +100,8 @@ class CenterCLIP(Method):
         ),
         notes=(
             "The paper fine-tunes CLIP with the clustering in place; an encoder that was not is "
-            "our extension.",
+            "our extension. There medoids alone change how much attention goes where, which "
+            "prop_attn=True (ours) keeps as it was.",
             "Where the encoder's output comes back at full length, every patch has its medoid's, "
             "and the [CLS] tokens of a segment are alike.",
             "Left out: the learned cluster embedding (off by default in the paper), the "
@@ -150,6 +154,11 @@ class CenterCLIP(Method):
                 raise ValueError(f"{name} must be at least {low}, got {value}.")
         if not self.sigma > 0:
             raise ValueError(f"sigma must be above 0, got {self.sigma}.")
+
+    @property
+    def proportional_attention(self) -> bool:
+        """`prop_attn`."""
+        return self.prop_attn
 
     def blocks(self, num_layers: int) -> tuple[int, ...]:
         """The 0-based block before which each clustering is done.

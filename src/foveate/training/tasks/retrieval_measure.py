@@ -29,7 +29,6 @@ from foveate.training.task import Outcome, standard_error
 from foveate.training.tasks.retrieval_data import FRAMES, make_clips
 from foveate.training.tasks.retrieval_model import (
     Updates,
-    WeightedCenterCLIP,
     embed_captions,
     embed_clips,
     save_updates,
@@ -152,7 +151,7 @@ class Measurement:
             method = CenterCLIP(algorithm=algorithm, clip_frames=FRAMES)
             rows.append(_Entry(_centerclip(share, algorithm) + _UNTRAINED, method, share))
         for share in SHARES:
-            method = WeightedCenterCLIP(clip_frames=FRAMES)
+            method = CenterCLIP(prop_attn=True, clip_frames=FRAMES)
             name = f"{_centerclip(share)}, attention weighted by sizes{_UNTRAINED}"
             rows.append(_Entry(name, method, share))
         trained = replace(self.tempme, weights=weights)

@@ -19,7 +19,6 @@ from torch.nn.functional import normalize
 from transformers import CLIPConfig, CLIPModel
 
 from foveate.core import EncoderContext, Reduction, Tokens
-from foveate.methods.centerclip import CenterCLIP
 from foveate.methods.tempme import TempMe
 from foveate.training.tasks.retrieval_data import END, MAX_WORDS, PAD, SIDE, START, VOCABULARY
 
@@ -207,17 +206,3 @@ class TempMeInTraining(TempMe):
         if self.updates is None:
             raise ValueError("TempMe in training needs the updates that are trained.")
         return cast(_Block, self.updates.visual[layer])
-
-
-@dataclass(frozen=True)
-class WeightedCenterCLIP(CenterCLIP):
-    """CenterCLIP in whose later blocks a medoid weighs as much as its cluster had tokens.
-
-    Attention adds log(size) to the logits of the keys, as with TempMe and ToMe. It is ours, for a
-    CLIP that was not fine-tuned: there medoids alone change how much attention goes where.
-    """
-
-    @property
-    def proportional_attention(self) -> bool:
-        """Later blocks add log(size)."""
-        return True
