@@ -185,7 +185,7 @@ class Shapes(Task):
 
     def measure(self, modules: dict[str, nn.Module], tell: Tell) -> list[Outcome]:
         """The rows of `all_rows`, on 1024 held-out pictures."""
-        count, retains, rounds = 1024, (0.8, 0.65, 0.5), 15
+        count, retains, rounds = 1024, (0.8, 0.65, 0.5), 61
         if self.size == "tiny":
             count, retains, rounds = 8, (0.65,), 0
         return all_rows(modules, self.seed, count, retains, rounds, tell)
