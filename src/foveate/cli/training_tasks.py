@@ -32,7 +32,7 @@ TASK_SUMMARIES = {
     "retrieval": "A small CLIP that finds clips by their captions",
     "poses": "A MixSTE that lifts poses of generated motion to 3D",
     "sequences": "A ViS4mer that reads the order of needles in long noise",
-    "scan": "A state-space model that classifies shapes",
+    "scan": "A Vision Mamba that finds a ring among other shapes",
 }
 
 
