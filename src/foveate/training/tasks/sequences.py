@@ -33,9 +33,9 @@ MOMENTUM = 0.99
 _FIRST, _SECOND, _THEN, _CLIPS, PROBED, HELD_OUT, TRIED = range(7)
 #: Learning rates over that of the stage: of the time steps, of what pools, of the classifier, of
 #: the mask generator and of its bias, which alone has to follow the ratio.
-_STEPS, _POOLED, _CLASSIFIER, _GENERATOR, _BIAS = 0.1, 3.0, 10.0, 3.0, 6.0
+_STEPS, _POOLED, _CLASSIFIER, _GENERATOR, _BIAS = 0.1, 3.0, 10.0, 2.0, 6.0
 #: Share of tokens that the stage "s5" begins with, and part of it in which that falls to RETAIN.
-_BEGIN, _FALLING = 0.9, 0.7
+_BEGIN, _FALLING = 0.9, 0.6
 #: Stages that train the decoder with a form of the method, by whose name they go.
 _FORMS: tuple[Literal["zero", "gather"], ...] = ("zero", "gather")
 
@@ -78,7 +78,7 @@ class Sequences(Task):
         )
         few = Stage(3, 4, 3e-3, 1)
         # All three readings of the order train as long: "s5" and one of its forms, "random", "s4".
-        masks, form = Stage(1000, 16, 5e-3, 20), Stage(800, 16, 5e-3, 20)
+        masks, form = Stage(1300, 16, 5e-3, 20), Stage(500, 16, 5e-3, 20)
         whole = Stage(masks.steps + form.steps, 16, 5e-3, 20)
         small = {
             "short": Stage(2500, 16, 1e-2, 40),
