@@ -57,8 +57,8 @@ _UNTRAINED = ", no training"
 #: What is untouched, and fine-tuned as copies and with low-rank updates.
 _UNTOUCHED, _WHOLE, _UNMERGED = (
     "untouched",
-    "`untouched`, fine-tuned as a whole",
-    "`untouched`, low-rank updates",
+    "untouched, fine-tuned as a whole",
+    "untouched, low-rank updates",
 )
 
 
