@@ -124,7 +124,7 @@ def test_named_recipes_run(model, video, name):
 
 
 @pytest.mark.parametrize("family", ["llava_onevision", "llava_next_video", "video_llava"])
-@pytest.mark.parametrize(("retain", "left"), [(None, 0.2), (0.4, 0.4)])
+@pytest.mark.parametrize(("retain", "left"), [(None, 0.12), (0.4, 0.4)])
 def test_fast_shortens_the_encoder_of_videos(family, retain, left):
     model = tiny_model(family)
     inputs = tiny_inputs(family, modality="video", frames=4)

@@ -40,10 +40,10 @@ def test_a_name_among_others() -> None:
 def test_fast_has_a_budget_of_its_own_until_the_call_gives_one() -> None:
     recipe = Recipe.parse("fast")
     assert [step.method.name for step in recipe] == ["centerclip"]
-    assert recipe.budgets(Budget()) == (Budget(retain=0.2),)
+    assert recipe.budgets(Budget()) == (Budget(retain=0.12),)
     assert recipe.budgets(Budget(retain=0.4)) == (Budget(retain=0.4),)
     assert recipe.budgets(Budget(retain=1.0))[0].is_full
     # Behind the encoder others take the call's budget, and it keeps its own.
     longer = Recipe.parse("fast + divprune")
-    assert longer.budgets(Budget(retain=0.1)) == (Budget(retain=0.2), Budget(retain=0.1))
+    assert longer.budgets(Budget(retain=0.2)) == (Budget(retain=0.12), Budget(retain=0.2))
     assert Recipe.parse("centerclip").budgets(Budget()) != recipe.budgets(Budget())
