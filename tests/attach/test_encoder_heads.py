@@ -97,12 +97,12 @@ def test_the_mean_is_that_of_all_patches(name):
 @every_classifier
 def test_a_mean_that_is_no_mean_of_the_tokens_is_left_alone(name):
     model, pixels = classifier(name), images()
-    other = torch.randn(2, model.classifier.in_features)
-    with torch.no_grad(), foveate.reduce(model, TOME, retain=0.5):
-        model.get_submodule(next(n for n, _ in model.named_children()))(pixels)
-        assert torch.equal(
-            model.classifier(other), nn.functional.linear(other, *model.classifier.parameters())
-        )
+    others = torch.randn(2, model.classifier.in_features)
+    for other in (others, others[0], others[None]):
+        with torch.no_grad(), foveate.reduce(model, TOME, retain=0.5):
+            next(model.children())(pixels)
+            found = model.classifier(other)
+            assert torch.equal(found, nn.functional.linear(other, *model.classifier.parameters()))
 
 
 @every_classifier

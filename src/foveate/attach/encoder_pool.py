@@ -92,7 +92,7 @@ class PooledTokens(OfOneModel):
 
     def _mean(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         last = self._last()
-        if last is None or not args:
+        if last is None or not args or args[0].dim() != 2:
             return None
         x_BMC, weight_BM = last[0][:, self.pool.first :], last[1][:, self.pool.first :]
         # In front of the mean other channels may lie, those of [CLS].
