@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -75,6 +76,27 @@ def standard_error(value_N: Tensor) -> float:
         0.577...
     """
     return float(value_N.std()) / len(value_N) ** 0.5
+
+
+def paired_gain(value_N: Tensor, other_N: Tensor) -> tuple[float, float]:
+    """How far N samples lie above others of the same things: the mean, and its standard error.
+
+    Example:
+        >>> paired_gain(torch.tensor([3.0, 5.0]), torch.tensor([1.0, 1.0]))
+        (3.0, 1.0)
+    """
+    gain_N = value_N.double() - other_N.double()
+    return float(gain_N.mean()), standard_error(gain_N)
+
+
+def numbers_of(*seed: int) -> np.random.Generator:
+    """A stream of random numbers that is the same wherever it is asked for by these numbers.
+
+    Example:
+        >>> bool(numbers_of(0, 1).random() == numbers_of(0, 1).random())
+        True
+    """
+    return np.random.Generator(np.random.PCG64(list(seed)))
 
 
 class Task(ABC):

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,7 +20,7 @@ from foveate.methods.hot import HoT, pose_loss
 from foveate.models.backbones import MixSTE, MixSTEConfig
 from foveate.training.loop import Tell
 from foveate.training.sizes import Stage
-from foveate.training.task import Outcome, Task, TaskSize, standard_error
+from foveate.training.task import Outcome, Task, TaskSize, numbers_of, paired_gain
 from foveate.training.tasks.poses_data import Clips, make_clips
 
 #: Frames of a clip, frames kept, and the pair of blocks in front of which the others leave.
@@ -111,8 +110,7 @@ class Poses(Task):
         return {"poses": torch.from_numpy(made.poses), "joints": torch.from_numpy(made.joints)}
 
     def _made(self, numbers: tuple[int, ...], clips: int, holds: float) -> Clips:
-        draw = np.random.Generator(np.random.PCG64([self.seed, *numbers]))
-        return make_clips(draw, clips, FRAMES, holds=holds)
+        return make_clips(numbers_of(self.seed, *numbers), clips, FRAMES, holds=holds)
 
     def loss(
         self, stage: str, modules: dict[str, nn.Module], batch: dict[str, Tensor]
@@ -262,15 +260,15 @@ def judged(on: str, found: dict[str, Measured], *, compares: bool) -> list[Outco
         )
     for name in ("hot", "hot, untrained") if compares else ():
         one, other_C = found[name], found[name.replace("hot", "uniform")].error_C
-        gain_C = other_C - one.error_C
+        gain, error = paired_gain(other_C, one.error_C)
         rows.append(
             Outcome(
                 _RECIPES[name][0],
                 "below equally spaced frames (mm)",
-                float(gain_C.mean()),
+                gain,
                 one.share,
                 bar="better by two standard errors",
-                met=bool(gain_C.mean() > 2 * standard_error(gain_C)),
+                met=gain > 2 * error,
                 on=on,
                 note=f"error beside theirs: {_versus(one.error_C, other_C)}",
             )
@@ -279,6 +277,6 @@ def judged(on: str, found: dict[str, Measured], *, compares: bool) -> list[Outco
 
 
 def _versus(error_C: Tensor, other_C: Tensor) -> str:
-    gap_C = error_C - other_C
-    part = 100 * float(gap_C.mean() / other_C.mean())
-    return f"{part:+.1f} %, standard error {standard_error(gap_C):.2f} mm of {len(gap_C)} clips"
+    gap, error = paired_gain(error_C, other_C)
+    part = 100 * gap / float(other_C.mean())
+    return f"{part:+.1f} %, standard error {error:.2f} mm of {len(error_C)} clips"

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from foveate.training.task import numbers_of
 from foveate.world.vocabulary import COLORS, REGIONS, SHAPES
 
 #: Frames of a clip.
@@ -256,7 +257,7 @@ def make_clips(
         >>> tuple(batch["pixels"].shape), tuple(batch["words"].shape)
         ((2, 1, 3, 60, 60), (2, 35))
     """
-    rng = np.random.Generator(np.random.PCG64(list(seed)))
+    rng = numbers_of(*seed)
     clips = sample_clips(rng, num)
     frame_BF = np.broadcast_to(np.arange(FRAMES), (num, FRAMES))
     if frames < FRAMES:

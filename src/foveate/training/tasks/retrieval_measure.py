@@ -25,7 +25,7 @@ from foveate.core import Method
 from foveate.methods.centerclip import Algorithm, CenterCLIP
 from foveate.methods.tempme import TempMe
 from foveate.training.loop import Tell
-from foveate.training.task import Outcome, standard_error
+from foveate.training.task import Outcome, paired_gain
 from foveate.training.tasks.retrieval_data import FRAMES, make_clips
 from foveate.training.tasks.retrieval_model import (
     Updates,
@@ -259,6 +259,5 @@ def _outcomes(found: dict[str, _Found], speed: dict[str, float]) -> list[Outcome
 
 
 def _versus(one: _Found, other: _Found, name: str) -> str:
-    gap_N = 100 * (one.hits_N - other.hits_N)
-    error = standard_error(gap_N)
-    return f"{float(gap_N.mean()):+.1f} points of {name}, standard error {error:.1f}"
+    gain, error = paired_gain(100 * one.hits_N, 100 * other.hits_N)
+    return f"{gain:+.1f} points of {name}, standard error {error:.1f}"

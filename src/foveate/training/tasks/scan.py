@@ -10,7 +10,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div
@@ -21,7 +20,7 @@ from foveate.methods.tovim import ToPViM
 from foveate.models.backbones import VisionMamba, VisionMambaConfig
 from foveate.training.loop import Tell
 from foveate.training.sizes import Stage
-from foveate.training.task import Outcome, Task, TaskSize
+from foveate.training.task import Outcome, Task, TaskSize, numbers_of
 from foveate.training.tasks.scan_data import BANDS, draw_pictures
 from foveate.training.tasks.scan_measure import Measured, measured, outcome_rows
 
@@ -138,7 +137,7 @@ class Scan(Task):
         return outcome_rows(found, RETAIN, FEWER)
 
     def _pictures(self, stream: int, step: int, count: int) -> dict[str, Tensor]:
-        draw = np.random.Generator(np.random.PCG64([self.seed, stream, step]))
+        draw = numbers_of(self.seed, stream, step)
         pixels, label = draw_pictures(draw, count, self.config.image_size)
         return {"pixels": torch.from_numpy(pixels), "label": torch.from_numpy(label)}
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import foveate
 from foveate.methods.tovim import ToPViM
-from foveate.training.task import Outcome, standard_error
+from foveate.training.task import Outcome, paired_gain
 
 #: What is asked of the fine-tuned model, in points below the untouched one.
 _NEAR = 1.5
@@ -92,11 +92,11 @@ def outcome_rows(found: Mapping[str, Measured], retain: float, fewer: float) -> 
         other, bar, met = "untouched", "", None
         if name.startswith("aligned"):
             other = name.replace("aligned", "naive")
-            gain, error = _gain(right[name], right[other])
+            gain, error = paired_gain(right[name], right[other])
             bar, met = "above naive (align=False), by two standard errors", gain > 2 * error
         elif name == "tuned aligned":
             bar = f"within {_NEAR} points of untouched"
-            met = _gain(right[name], right["untouched"])[0] >= -_NEAR
+            met = paired_gain(right[name], right["untouched"])[0] >= -_NEAR
         note = "" if name == other else _versus(right[name], right[other], other.split(",")[0])
         value, share = float(right[name].mean()), found[name].share
         rows.append(Outcome(recipe, _ACCURACY, value, share, bar, met, note=note))
@@ -109,7 +109,7 @@ def _distance_rows(found: Mapping[str, Measured], recipes: Mapping[str, str]) ->
     for name in ("aligned", "naive", "aligned, fewer", "naive, fewer"):
         far, bar, met, note = torch.cat(found[name].far), "", None, ""
         if name.startswith("aligned"):
-            nearer, error = _gain(torch.cat(found[name.replace("aligned", "naive")].far), far)
+            nearer, error = paired_gain(torch.cat(found[name.replace("aligned", "naive")].far), far)
             bar, met = "below naive (align=False), by two standard errors", nearer > 2 * error
             note = f"{-nearer:+.2f} points against naive, standard error {error:.2f}"
         value, share = float(far.mean()), found[name].share
@@ -117,12 +117,6 @@ def _distance_rows(found: Mapping[str, Measured], recipes: Mapping[str, str]) ->
     return rows
 
 
-def _gain(right_N: Tensor, other_N: Tensor) -> tuple[float, float]:
-    """Mean of the paired differences and its standard error."""
-    gain_N = right_N.double() - other_N.double()
-    return float(gain_N.mean()), standard_error(gain_N)
-
-
 def _versus(right_N: Tensor, other_N: Tensor, name: str) -> str:
-    gain, error = _gain(right_N, other_N)
+    gain, error = paired_gain(right_N, other_N)
     return f"{gain:+.2f} points against {name}, standard error {error:.2f}"

@@ -20,7 +20,7 @@ from foveate.models.backbones import ViS4mer, ViS4merConfig, momentum_update
 from foveate.models.backbones.s4d import S4D
 from foveate.training.loop import Tell
 from foveate.training.sizes import Stage
-from foveate.training.task import Outcome, Task, TaskSize
+from foveate.training.task import Outcome, Task, TaskSize, numbers_of
 from foveate.training.tasks.sequences_clips import Embedder, clips_loss, predictor
 from foveate.training.tasks.sequences_data import ORDERS, draw_clips, draw_videos
 
@@ -205,7 +205,7 @@ class Sequences(Task):
         self, stream: int, step: int, count: int, *, short: bool = False
     ) -> dict[str, Tensor]:
         """Videos of a stream of random numbers, and noise; short ones have a quarter of frames."""
-        draw = self._draw(stream, step)
+        draw = numbers_of(self.seed, stream, step)
         frames = max(5, self.frames // 4) if short else self.frames
         drawn = draw_videos(draw, count, frames, self.patches, self.width)
         batch = {name: torch.from_numpy(value) for name, value in drawn._asdict().items()}
@@ -214,7 +214,7 @@ class Sequences(Task):
 
     def clips(self, stream: int, step: int, count: int) -> dict[str, Tensor]:
         """Videos of half as many frames, a short clip of each, and noise."""
-        draw = self._draw(stream, step)
+        draw = numbers_of(self.seed, stream, step)
         frames = max(5, self.frames // 2)
         drawn, short = draw_clips(draw, count, frames, self.patches, self.width)
         noises = {
@@ -224,9 +224,6 @@ class Sequences(Task):
         arrays = drawn._asdict() | {"long": drawn.tokens, "short": short} | noises
         del arrays["tokens"]
         return {name: torch.from_numpy(value) for name, value in arrays.items()}
-
-    def _draw(self, stream: int, step: int) -> np.random.Generator:
-        return np.random.Generator(np.random.PCG64([self.seed, stream, step]))
 
     # -- measurement ------------------------------------------------------------------------------
 

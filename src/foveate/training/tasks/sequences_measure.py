@@ -16,7 +16,7 @@ from foveate import ops
 from foveate.core import EncoderContext, Reduction, Tokens
 from foveate.methods.s5 import S5
 from foveate.training.loop import Tell
-from foveate.training.task import Outcome, standard_error
+from foveate.training.task import Outcome, paired_gain
 from foveate.training.tasks.sequences import (
     HELD_OUT,
     PROBED,
@@ -128,7 +128,7 @@ def _order_rows(found: dict[str, Found]) -> list[Outcome]:
         ("random, s4", f"{share}, untouched model", ""),
     ):
         one = found[name]
-        gain, error = _gain(one.right, whole_N)
+        gain, error = paired_gain(one.right, whole_N)
         met = {needed: gain >= -2 * error, short: gain < -2 * error}.get(bar)
         value = float(one.right.mean())
         rows.append(Outcome(recipe, _ORDER, value, one.share, bar, met, note=_noted(gain, error)))
@@ -229,18 +229,12 @@ def _clip_rows(modules: dict[str, nn.Module], task: Sequences, stream: int) -> l
             if name == "untrained":
                 rows.append(Outcome(recipe, metric, value))
                 continue
-            gain, error = _gain(by[name], by["untrained"])
+            gain, error = paired_gain(by[name], by["untrained"])
             met = None
             if bar:
                 met = gain > 2 * error and (bar != most or value >= _FOUND)
             rows.append(Outcome(recipe, metric, value, bar=bar, met=met, note=_noted(gain, error)))
     return rows
-
-
-def _gain(value_N: Tensor, other_N: Tensor) -> tuple[float, float]:
-    """Mean of the paired differences and its standard error."""
-    gain_N = value_N - other_N
-    return float(gain_N.mean()), standard_error(gain_N)
 
 
 def _noted(gain: float, error: float) -> str:

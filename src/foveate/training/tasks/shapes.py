@@ -10,7 +10,6 @@ Legend: B pictures, P patches, K classes, h and w rows and columns of patches.
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -19,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from foveate.methods.dtop import segmentation_loss
 from foveate.training.loop import Tell
 from foveate.training.sizes import Stage
-from foveate.training.task import Outcome, Task, TaskSize
+from foveate.training.task import Outcome, Task, TaskSize, numbers_of
 from foveate.training.tasks.shapes_data import draw_mosaics, draw_pictures
 from foveate.training.tasks.shapes_measure import all_rows
 from foveate.training.tasks.shapes_model import (
@@ -105,7 +104,7 @@ class Shapes(Task):
     def batch(self, stage: str, step: int) -> dict[str, Tensor]:
         """Pictures, parts of them in the stage `parts`, or mosaics."""
         number = list(self.stages).index(stage)
-        rng = np.random.Generator(np.random.PCG64([self.seed, number, step]))
+        rng = numbers_of(self.seed, number, step)
         window = _WINDOW if stage == "parts" else None
         count = self.stages[stage].clips
         if stage == "mosaics":

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -21,7 +20,7 @@ from torch.nn.functional import cross_entropy
 import foveate
 from foveate.attach import Attachment
 from foveate.training.loop import Tell
-from foveate.training.task import Outcome, standard_error
+from foveate.training.task import Outcome, numbers_of, paired_gain, standard_error
 from foveate.training.tasks.shapes_data import NUM_CLASSES, draw_mosaics, draw_pictures
 
 ACCURACY, MIOU, TIME = "accuracy (%)", "mIoU (%)", "time of a picture (ms)"
@@ -49,7 +48,7 @@ class HeldOut:
     @classmethod
     def draw(cls, seed: int, stream: int, count: int, device: torch.device, **kind: Any) -> HeldOut:
         """New ones; `kind` as in `draw_pictures`."""
-        drawn = draw_pictures(np.random.Generator(np.random.PCG64([seed, stream])), count, **kind)
+        drawn = draw_pictures(numbers_of(seed, stream), count, **kind)
         order_B = drawn.clutter_B.argsort(kind="stable")
         pixels, label, patch, shown = (
             torch.from_numpy(x[order_B]).to(device)
@@ -60,7 +59,7 @@ class HeldOut:
     @classmethod
     def mosaics(cls, seed: int, stream: int, count: int, device: torch.device) -> HeldOut:
         """New mosaics; the label is the texture that covers most."""
-        drawn = draw_mosaics(np.random.Generator(np.random.PCG64([seed, stream])), count)
+        drawn = draw_mosaics(numbers_of(seed, stream), count)
         pixels, share, patch = (
             torch.from_numpy(x).to(device)
             for x in (drawn.pixels_B3SS, drawn.share_BT, drawn.patch_Bhw)
@@ -198,17 +197,16 @@ class Bench:
 
     def against(self, row: Outcome, other: Outcome) -> str:
         """The difference in accuracy of two rows on the same pictures, with its standard error."""
-        more_B = self._right_B[row.on, row.recipe] - self._right_B[other.on, other.recipe]
-        points, error = 100 * more_B.mean().item(), 100 * standard_error(more_B)
+        right_B, other_B = (self._right_B[one.on, one.recipe] for one in (row, other))
+        points, error = paired_gain(100 * right_B, 100 * other_B)
         return f"{points:+.2f} ± {error:.2f} points against {other.recipe}"
 
     def dearer(self, row: Outcome, other: Outcome) -> tuple[float, str]:
         """By how much the cross-entropy of a row is higher, as a number and in words."""
         cost_B, other_B = (self._cost_B[one.on, one.recipe] for one in (row, other))
-        more_B = cost_B - other_B
         costs = f"cross-entropy {cost_B.mean():.4f} against {other_B.mean():.4f}"
-        more = more_B.mean().item()
-        return more, f"{costs} ({more:+.5f} ± {standard_error(more_B):.5f})"
+        more, error = paired_gain(cost_B, other_B)
+        return more, f"{costs} ({more:+.5f} ± {error:.5f})"
 
     def told(self, row: Outcome) -> Outcome:
         """The row, reported."""
